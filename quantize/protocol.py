@@ -1,0 +1,129 @@
+"""What crosses an environment: one JSON request file in, one JSON result file out.
+
+Standard library only: this module is imported inside every environment. A worker is started as
+
+    <env>/bin/python -P -m quantize.workers.<name> request.json result.json
+
+It reads a :class:`Request`, appends :class:`Event` lines to ``request.events`` while it works, and
+writes a :class:`Result` (complete or absent: temporary file, fsync, rename). Standard output is for
+people; nothing parses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job for a worker.
+
+    `body` is the worker's own part: JSON values only, documented in the worker's module.
+    `work` is a folder that survives a kill and belongs to this job's key alone.
+    """
+
+    worker: str
+    body: dict[str, Any]
+    work: str
+    events: str
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a worker did: `body` when `ok`, otherwise an error of :mod:`quantize.errors` by name."""
+
+    ok: bool
+    body: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    message: str = ""
+    hint: str = ""
+    version: int = VERSION
+
+
+class WorkerError(Exception):
+    """A foreseen failure inside a worker; `kind` names a class of :mod:`quantize.errors`."""
+
+    def __init__(self, kind: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.kind, self.message, self.hint = kind, message, hint
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write `text` to `path` so that a kill at any moment leaves the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """:func:`write_atomic` for a JSON value; NaN and infinities are refused."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class Events:
+    """Appends progress events, one JSON object a line, for :mod:`quantize.progress` to show."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def emit(self, kind: str, **values: Any) -> None:
+        """Append one event; a short write of a line is atomic under O_APPEND on a local disk."""
+        line = json.dumps({"time": time.time(), "kind": kind, **values}, ensure_ascii=False) + "\n"
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def progress(self, what: str, done: float, total: float, unit: str = "") -> None:
+        """`done` of `total` `unit`s of `what` are finished."""
+        self.emit("progress", what=what, done=done, total=total, unit=unit)
+
+    def note(self, text: str) -> None:
+        """A sentence for the log, worth a person's attention."""
+        self.emit("note", text=text)
+
+
+def load_request(path: str | Path) -> Request:
+    """Read a request; a version or a key that this code does not know is an error."""
+    value = json.loads(Path(path).read_text(encoding="utf-8"))
+    if value.get("version") != VERSION:
+        raise WorkerError("ToolError", f"request version {value.get('version')}, need {VERSION}")
+    return Request(**value)
+
+
+def load_result(path: str | Path) -> Result:
+    """Read a result written by :func:`worker_main`."""
+    return Result(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
+    """The whole life of a worker process: read, run, write; exit 0 only when it worked."""
+    request_path, result_path = sys.argv[1:3]
+    try:
+        request = load_request(request_path)
+        body = run(request, Events(request.events))
+        result = Result(ok=True, body=body)
+    except WorkerError as error:
+        result = Result(ok=False, kind=error.kind, message=error.message, hint=error.hint)
+    except Exception as error:  # the log file has the traceback; the result has one line
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+        result = Result(ok=False, kind="ToolError", message=message)
+    write_json(result_path, asdict(result))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Libraries leave threads and atexit hooks behind that can hang; the result is on disk.
+    os._exit(0 if result.ok else 1)

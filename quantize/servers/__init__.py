@@ -1,0 +1,1 @@
+"""Servers behind one small protocol: command line, environment, health, log patterns."""

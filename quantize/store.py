@@ -1,0 +1,244 @@
+"""Content-addressed artifacts: `<store>/<kind>/<key>/`, complete or absent.
+
+A stage writes into `<store>/<kind>/.staging/<key>/files/` under a lock that dies with its process.
+:meth:`Store.commit` hashes and syncs every file, writes `manifest.json` last, and renames the
+folder into place; a reader never sees a folder without a manifest. `.staging/<key>/work/` is the
+stage's scratch space: it survives a kill, and since it is keyed like the result, a later run of the
+same stage may continue from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from quantize.errors import ResourceError
+from quantize.keys import file_sha256
+from quantize.protocol import write_json
+
+MANIFEST = "manifest.json"
+VERIFY_ON_READ_BYTES = 1 << 30
+"""Artifacts up to this size are hashed whole at every hit; larger ones by size, and hashed by
+`store verify` and before they are published."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact, its name relative to the artifact with forward slashes."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is known of an artifact; `manifest.json`, written last."""
+
+    kind: str
+    key: str
+    key_inputs: Mapping[str, Any]
+    files: tuple[FileEntry, ...]
+    recipe: str  # name of the recipe that first made it
+    created: str  # UTC, ISO 8601; for people, no decision reads it
+    seconds: Mapping[str, float]  # wall time by part; `total`, and `own` without the tools' part
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    schema: int = 1
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.bytes for file in self.files)
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read `manifest.json`."""
+        value = json.loads(path.read_text(encoding="utf-8"))
+        value["files"] = tuple(FileEntry(**file) for file in value["files"])
+        value["notes"] = tuple(value["notes"])
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Path of one of the manifest's files; a KeyError if the manifest does not name it."""
+        if not any(entry.name == name for entry in self.manifest.files):
+            raise KeyError(name)
+        return self.path / name
+
+    def json(self, name: str) -> Any:
+        """The value of a JSON file of the artifact."""
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+    def damage(self, *, hash_files: bool) -> list[str]:
+        """What differs from the manifest: missing, resized, changed or added files."""
+        found = []
+        for entry in self.manifest.files:
+            path = self.path / entry.name
+            if not path.is_file():
+                found.append(f"{entry.name} is missing")
+            elif path.stat().st_size != entry.bytes:
+                found.append(f"{entry.name} has {path.stat().st_size} bytes, not {entry.bytes}")
+            elif hash_files and file_sha256(path) != entry.sha256:
+                found.append(f"{entry.name} has other content (sha256 differs)")
+        known = {entry.name for entry in self.manifest.files} | {MANIFEST}
+        found += [f"{name} was added" for name in _relative_files(self.path) if name not in known]
+        return found
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where a stage works: `files` becomes the artifact, `work` is scratch that survives a kill."""
+
+    kind: str
+    key: str
+    folder: Path
+
+    @property
+    def files(self) -> Path:
+        """Becomes the artifact. Emptied when the stage starts."""
+        return self.folder / "files"
+
+    @property
+    def work(self) -> Path:
+        """Scratch; deleted after the commit."""
+        return self.folder / "work"
+
+
+class Store:
+    """The artifacts below one folder, which may be shared by many processes and machines."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, kind: str, key: str) -> Path:
+        """Where the artifact is, or would be."""
+        return self.root / kind / key
+
+    def get(self, kind: str, key: str) -> Artifact | None:
+        """The artifact if it is complete; contents are not looked at."""
+        path = self.path(kind, key)
+        try:
+            return Artifact(path, Manifest.load(path / MANIFEST))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):  # a damaged manifest is no manifest
+            return None
+
+    def damage(self, artifact: Artifact) -> list[str]:
+        """Check a hit before it is used: sizes always, contents of small artifacts."""
+        small = artifact.manifest.total_bytes <= VERIFY_ON_READ_BYTES
+        return artifact.damage(hash_files=small)
+
+    def set_aside(self, kind: str, key: str) -> Path:
+        """Move a damaged artifact out of the way, for the user to look at."""
+        target = self.root / ".damaged" / kind / f"{key}-{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self.path(kind, key), target)
+        return target
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every complete artifact."""
+        if not self.root.is_dir():
+            return
+        for kind in sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != "."):
+            for folder in sorted(p for p in kind.iterdir() if p.name[0] != "."):
+                artifact = self.get(kind.name, folder.name)
+                if artifact is not None:
+                    yield artifact
+
+    @contextlib.contextmanager
+    def staging(self, kind: str, key: str, wait_seconds: float = 6 * 3600) -> Iterator[Staging]:
+        """Hold the stage's lock; another run of the same stage waits and then finds the result."""
+        folder = self.root / kind / ".staging" / key
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f"{key}.lock"))
+        try:
+            lock.acquire(timeout=wait_seconds)
+        except Timeout as error:
+            raise ResourceError(
+                f"another run has held {kind} {key[:12]} for {wait_seconds / 3600:.0f} h",
+                "end the other run, or wait for it",
+            ) from error
+        try:
+            staging = Staging(kind, key, folder)
+            shutil.rmtree(staging.files, ignore_errors=True)
+            staging.files.mkdir(parents=True)
+            staging.work.mkdir(exist_ok=True)
+            yield staging
+        finally:
+            lock.release()
+
+    def commit(
+        self,
+        staging: Staging,
+        *,
+        key_inputs: Mapping[str, Any],
+        recipe: str,
+        seconds: Mapping[str, float],
+        versions: Mapping[str, str],
+        notes: tuple[str, ...] = (),
+    ) -> Artifact:
+        """Sync, hash, write the manifest, rename into place, drop the scratch folder."""
+        entries = []
+        for name in _relative_files(staging.files):
+            path = staging.files / name
+            _fsync(path)
+            entries.append(FileEntry(name, path.stat().st_size, file_sha256(path)))
+        manifest = Manifest(
+            kind=staging.kind,
+            key=staging.key,
+            key_inputs=key_inputs,
+            files=tuple(entries),
+            recipe=recipe,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            seconds=seconds,
+            versions=versions,
+            notes=notes,
+        )
+        write_json(staging.files / MANIFEST, asdict(manifest))
+        for folder, _, _ in os.walk(staging.files):
+            _fsync(Path(folder))
+        final = self.path(staging.kind, staging.key)
+        if (
+            final.exists()
+        ):  # only a folder without a readable manifest can be here: we hold the lock
+            self.set_aside(staging.kind, staging.key)
+        os.rename(staging.files, final)
+        _fsync(final.parent)
+        shutil.rmtree(staging.folder, ignore_errors=True)
+        return Artifact(final, manifest)
+
+
+def _relative_files(root: Path) -> list[str]:
+    """Names of all files below `root`, sorted, with forward slashes; a symlink is an error."""
+    names = []
+    for folder, _, files in os.walk(root):
+        for file in files:
+            path = Path(folder, file)
+            names.append(path.relative_to(root).as_posix())
+    return sorted(names)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

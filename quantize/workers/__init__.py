@@ -1,0 +1,1 @@
+"""Programs that run inside an environment; started by `quantize.runner`, see `quantize.protocol`."""
