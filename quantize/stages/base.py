@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Resolved:
     """The recipe with everything outside it that its result depends on, read once, up front.
 
-    `digests` maps a name (`model`, `adapter`, `calibration`, `suite`, `text`, `tasks`, `prompts`) to
-    what identifies that input: sha256 of content for files, the commit for the Hub. A name that is
+    `digests` maps a name (`model`, `adapter`, `calibration`, `suite`, `text`, `tasks`,
+    `prompts`) to what identifies that input: sha256 of content for files, the commit for the Hub. A name that is
     absent cannot be known yet; the stages that need it are `pending` in the plan.
     """
 

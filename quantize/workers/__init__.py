@@ -1,1 +1,1 @@
-"""Programs that run inside an environment; started by `quantize.runner`, see `quantize.protocol`."""
+"""Programs that run inside an environment; see `quantize.protocol`, `quantize.runner`."""
