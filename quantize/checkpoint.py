@@ -1,0 +1,260 @@
+"""A Hugging Face checkpoint, read without loading weights and without running its code.
+
+:func:`examine` finds everything that is wrong with a folder; :func:`read_checkpoint` raises it.
+Only safetensors are read: pickled weights and checkpoints that bring Python code are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import SourceError
+from quantize.findings import Finding, raise_findings
+from quantize.model_files import (
+    CHECKPOINT_FILES,
+    any_match,
+    card_metadata,
+    chat_template,
+    checkpoint_files,
+    read_json_object,
+    read_weights,
+)
+from quantize.store import Artifact
+from quantize.tensors import TensorInfo, is_lfs_pointer
+
+__all__ = [
+    "CHECKPOINT_FILES",
+    "Checkpoint",
+    "card_metadata",
+    "chat_template",
+    "checkpoint_files",
+    "examine",
+    "matches",
+    "model_folder",
+    "module_name",
+    "read_checkpoint",
+]
+
+CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py")
+EMBEDDING = re.compile(r"(^|\.)(embed\w*|\w+_embed|wte|wpe|\w*embeddings?)\.weight$")
+LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files agree with each other; the weights stay on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: tuple[str, ...]  # see checkpoint_files
+    index: dict[str, str] = field(default_factory=dict)  # tensor → shard; empty for one file
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(info.elements for info in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, without the files' headers."""
+        return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def architecture(self) -> str:
+        """The class that the config names, e.g. LlamaForCausalLM."""
+        return str(self.config["architectures"][0])
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the config, which multimodal models nest."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    def dimension(self, name: str) -> int | None:
+        """A whole number of the language model's config, or None where it does not state it."""
+        value = self.text_config.get(name)
+        return value if type(value) is int else None
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the residual stream."""
+        return self.dimension("hidden_size")
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output projection is the embedding; where unstated, whether it is absent."""
+        stated = self.text_config.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
+        return "lm_head.weight" not in self.tensors if stated is None else bool(stated)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `messages` can be rendered."""
+        return chat_template(self.folder) is not None
+
+    def linears(self) -> tuple[TensorInfo, ...]:
+        """Weights (out_features, in_features) of linear modules: 2-D, and not an embedding."""
+        return tuple(
+            info
+            for name, info in self.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2 and not EMBEDDING.search(name)
+        )
+
+    def layer_linears(self) -> tuple[TensorInfo, ...]:
+        """Those of :meth:`linears` that belong to a numbered layer."""
+        return tuple(info for info in self.linears() if LAYER.search(info.name))
+
+
+def module_name(tensor: str) -> str:
+    """`model.layers.0.mlp.up_proj.weight` → `model.layers.0.mlp.up_proj`."""
+    return tensor.rpartition(".")[0]
+
+
+def matches(module: str, patterns: Sequence[str]) -> bool:
+    """Whether a module is named by a list of names and `re:` patterns.
+
+    The rule of compressed-tensors (`utils/match.py`, match_name): a pattern matches from the start
+    of the full name on; anything else must equal it.
+    """
+    return any(
+        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module
+        for entry in patterns
+    )
+
+
+def model_folder(artifact: Artifact) -> Path:
+    """The checkpoint folder of a fetch or compress artifact."""
+    if artifact.manifest.kind == "fetch":
+        return artifact.path / str(artifact.json("source.json")["folder"])  # absolute stays so
+    return artifact.path / "model"
+
+
+def read_checkpoint(folder: Path, *, allow_quantized: bool = False) -> Checkpoint:
+    """Read a checkpoint's headers and JSON files; SourceError lists all that is wrong with it."""
+    checkpoint, findings = examine(folder, allow_quantized=allow_quantized)
+    if checkpoint is None:
+        raise_findings(findings)
+        raise AssertionError("no checkpoint and no finding")
+    return checkpoint
+
+
+def examine(
+    folder: Path, *, allow_quantized: bool = False
+) -> tuple[Checkpoint | None, list[Finding]]:
+    """The checkpoint in `folder`, or None and everything that is wrong with it.
+
+    `allow_quantized` is for our own artifacts, which are read with the same care.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        return None, [Finding(f"the checkpoint folder {folder} {what}", "correct model.source")]
+    files = checkpoint_files(folder)
+    pointers = [name for name in files if is_lfs_pointer(folder / name)]
+    findings = [
+        Finding(
+            f"{name} is a git-lfs pointer, not the file itself", f"run git lfs pull in {folder}"
+        )
+        for name in pointers
+        if not name.endswith(".safetensors")  # those are named with the weights
+    ]
+    config: dict[str, Any] = {}
+    if "config.json" not in pointers:
+        try:
+            config = _read_config(folder)
+        except SourceError as error:
+            findings.append(Finding.of(error))
+    findings += _code_findings(folder, files, pointers)
+    findings += _tokenizer_findings(folder, files)
+    tensors, index, weight_findings = read_weights(folder, files)
+    findings += weight_findings
+    if not allow_quantized:
+        findings += _quantized_findings(folder, config, tensors)
+    if findings:
+        return None, findings
+    return Checkpoint(folder, config, tensors, tuple(files), index), []
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, which must name an architecture."""
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = "model.source must be a folder that transformers can load"
+        if (folder / "adapter_config.json").is_file():
+            hint = "this is an adapter: name it in model.adapter, and its base in model.source"
+        raise SourceError(f"no config.json in {folder}", hint)
+    config = read_json_object(path)
+    match config.get("architectures"):
+        case [str(), *_]:
+            return config
+    raise SourceError(
+        f"{path} names no architecture (architectures: {config.get('architectures')!r})",
+        'add it, e.g. "architectures": ["LlamaForCausalLM"]',
+    )
+
+
+def _code_findings(folder: Path, files: Sequence[str], pointers: Sequence[str]) -> list[Finding]:
+    """Python that a loader would have to run. Other stray .py files are left alone."""
+    findings = []
+    code = [path.name for path in sorted(folder.glob("*.py")) if any_match(path.name, CODE)]
+    for name in ("config.json", "tokenizer_config.json"):
+        if name not in files or name in pointers:
+            continue
+        try:
+            if "auto_map" in read_json_object(folder / name):
+                code.append(f"auto_map in {name}")
+        except SourceError as error:
+            if name != "config.json":  # that one is reported where it is read
+                findings.append(Finding.of(error))
+    if code:
+        findings.append(
+            Finding(
+                f"the checkpoint brings Python code ({', '.join(code)}), which is never run",
+                "use an architecture that transformers has, and remove auto_map and the code",
+            )
+        )
+    return findings
+
+
+def _tokenizer_findings(folder: Path, files: Sequence[str]) -> list[Finding]:
+    if {"tokenizer.json", "tokenizer.model"} & set(files):
+        return []
+    if {"vocab.json", "merges.txt"} <= set(files):
+        return []
+    return [
+        Finding(
+            f"no tokenizer in {folder}: neither tokenizer.json nor tokenizer.model",
+            "save it beside the weights: tokenizer.save_pretrained(folder)",
+        )
+    ]
+
+
+def _quantized_findings(
+    folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> list[Finding]:
+    """Signs that the weights are not the BF16, FP16 or FP32 ones."""
+    signs = []
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        signs.append(f"quantization_config in config.json{f': {method}' if method else ''}")
+    for name in ("quantize_config.json", "hf_quant_config.json"):
+        if (folder / name).is_file():
+            signs.append(name)
+    odd = sorted(
+        f"{info.name} is {info.dtype}"
+        for info in tensors.values()
+        if len(info.shape) >= 2 and info.dtype not in ("BF16", "F16", "F32")
+    )
+    signs += [odd[0] + (f", and {len(odd) - 1} more tensors" if odd[1:] else "")] if odd else []
+    if not signs:
+        return []
+    return [
+        Finding(
+            f"the checkpoint in {folder} is already quantized ({'; '.join(signs)})",
+            "start from the BF16 or FP16 checkpoint that it was made from",
+        )
+    ]
