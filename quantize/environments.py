@@ -1,0 +1,231 @@
+"""One locked virtual environment per tool, installed once per machine and lock.
+
+`envs/<name>.in` says what is wanted, `envs/<name>.<accelerator>.lock` (from `make locks`) exactly
+what is installed. An environment lives in `<cache>/environments/<name>-<hash of the lock>` and is
+complete or absent: it is built in a staging folder under a file lock, checked by importing what it
+is for, marked, and renamed. The interpreter is entered by its path; nothing is ever activated.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock
+
+from quantize.errors import ResourceError, UsageError
+from quantize.keys import digest
+from quantize.process import Process
+from quantize.progress import Progress
+from quantize.protocol import write_json
+
+FOLDER = Path(__file__).parent / "envs"
+MARK = "complete.json"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A tool's environment: its locks by accelerator and the imports that prove its health."""
+
+    name: str
+    purpose: str
+    locks: Mapping[str, str]  # accelerator → file in envs/
+    imports: tuple[str, ...]
+    python: str = "3.11"  # what the locks were compiled for
+    excludes: tuple[str, ...] = ()  # distributions that must not be installed, by name
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+ENVIRONMENTS: dict[str, Environment] = {
+    "llmcompressor": Environment(
+        "llmcompressor",
+        "quantizes: llm-compressor, compressed-tensors, torch, transformers, peft",
+        {"cpu": "llmcompressor.cpu.lock", "cuda": "llmcompressor.cuda.lock"},
+        imports=("torch", "llmcompressor", "peft"),
+    ),
+    "vllm": Environment(
+        "vllm",
+        "serves: vLLM",
+        {"cpu": "vllm.cpu.lock", "cuda": "vllm.cuda.lock"},
+        imports=("torch", "vllm"),
+        # Their CPU builds do not load beside this torch, and vLLM needs them for images only.
+        excludes=("torchvision", "torchaudio", "torchcodec"),
+    ),
+    "lmeval": Environment(
+        "lmeval",
+        "evaluates: lm-evaluation-harness through the server's API",
+        {"cpu": "lmeval.lock", "cuda": "lmeval.lock"},
+        imports=("lm_eval", "transformers"),
+    ),
+}
+
+
+def accelerator() -> str:
+    """`cuda` where an NVIDIA driver answers, else `cpu`; `QUANTIZE_ACCELERATOR` overrides."""
+    chosen = os.environ.get("QUANTIZE_ACCELERATOR")
+    if chosen:
+        if chosen not in ("cpu", "cuda"):
+            raise UsageError(f"QUANTIZE_ACCELERATOR is {chosen!r}", "set it to cpu or cuda")
+        return chosen
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+def cache_folder() -> Path:
+    """`QUANTIZE_CACHE`, or the user's cache folder."""
+    root = os.environ.get("QUANTIZE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "quantize"
+
+
+class Environments:
+    """The environments of one accelerator, with the user's own interpreters where given."""
+
+    def __init__(
+        self, accelerator: str, cache: Path, overrides: Mapping[str, Path] | None = None
+    ) -> None:
+        self.accelerator = accelerator
+        self.cache = cache
+        self.overrides = dict(overrides or {})
+
+    def lock_digest(self, name: str) -> str:
+        """What identifies the environment's contents in a stage's key."""
+        if name in self.overrides:
+            python = self.overrides[name]
+            found = sorted(p.name for p in python.parent.parent.glob("lib/*/site-packages/*-info"))
+            return digest({"python": str(python), "distributions": found})
+        environment = ENVIRONMENTS[name]
+        lock = (FOLDER / environment.locks[self.accelerator]).read_text(encoding="utf-8")
+        return digest([lock, environment.excludes, environment.python])
+
+    def folder(self, name: str) -> Path:
+        """Where the environment is, or would be."""
+        return self.cache / "environments" / f"{name}-{self.lock_digest(name)[:16]}"
+
+    def installed(self, name: str) -> bool:
+        """Whether it is complete (or the user's own)."""
+        if name in self.overrides:
+            return self.overrides[name].exists()
+        return (self.folder(name) / MARK).is_file()
+
+    def python(self, name: str) -> Path:
+        """The interpreter; the environment must be installed."""
+        if name in self.overrides:
+            return self.overrides[name]
+        return self.folder(name) / "bin" / "python"
+
+    def package_path(self) -> Path:
+        """A folder that holds nothing but a link to this package, for a worker's PYTHONPATH."""
+        package = Path(__file__).parent
+        folder = self.cache / "links" / digest(str(package))[:16]
+        link = folder / "quantize"
+        if not link.is_symlink() or link.readlink() != package:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+            temporary.symlink_to(package)
+            temporary.replace(link)
+        return folder
+
+    def install(self, name: str, progress: Progress, log: Path) -> Path:
+        """Make sure that the environment is there; its interpreter."""
+        if name in self.overrides:
+            if not self.overrides[name].exists():
+                raise ResourceError(
+                    f"environments.{name}.python: {self.overrides[name]} does not exist",
+                    "correct the path in the recipe, or remove the block to use our own",
+                )
+            return self.overrides[name]
+        final = self.folder(name)
+        if self.installed(name):
+            return self.python(name)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.with_name(f".{final.name}.lock")):
+            if not self.installed(name):
+                self._build(name, final, progress, log)
+        return self.python(name)
+
+    def _build(self, name: str, final: Path, progress: Progress, log: Path) -> None:
+        environment = ENVIRONMENTS[name]
+        staging = final.with_name(f".{final.name}.staging")
+        # We hold the lock: whatever is here was left by a killed install.
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        started = time.monotonic()
+        progress.note(f"installing environment {name} ({environment.purpose}), log: {log}")
+        self._create(environment, staging, progress, log)
+        self._sync(environment, staging, progress, log)
+        self._check(environment, staging, progress, log)
+        seconds = round(time.monotonic() - started, 1)
+        write_json(staging / MARK, {"lock": self.lock_digest(name), "seconds": seconds})
+        staging.rename(final)
+        progress.note(f"environment {name} is ready after {seconds:.0f} s")
+
+    def _create(
+        self, environment: Environment, staging: Path, progress: Progress, log: Path
+    ) -> None:
+        # Scripts with relative shebangs, because the folder is renamed.
+        command = [uv(), "venv", "--no-project", "--relocatable", "--quiet", str(staging)]
+        with Process([*command, "--python", environment.python], log=log) as process:
+            if process.wait() == 0:
+                return
+        # No such Python here and none to download: the lock's pins usually fit the running one.
+        progress.note(f"Python {environment.python} not found, using {sys.version.split()[0]}")
+        with Process([*command, "--python", sys.executable], log=log) as process:
+            if process.wait() != 0:
+                raise ResourceError(
+                    f"cannot create environment {environment.name}:\n{process.tail()}",
+                    f"install Python {environment.python} (uv python install {environment.python})",
+                )
+
+    def _sync(self, environment: Environment, staging: Path, progress: Progress, log: Path) -> None:
+        lock = FOLDER / environment.locks[self.accelerator]
+        total = sum(1 for line in lock.read_text().splitlines() if "==" in line and line[0] != " ")
+        command = [uv(), "pip", "install", "--python", str(staging / "bin" / "python")]
+        command += ["--requirements", str(lock), "--no-deps"]
+        variables = {}
+        if self.accelerator == "cpu":
+            # PyPI has no CPU build of torch: a folder of wheels if pip was given one, otherwise
+            # PyTorch's own index, which uv knows.
+            if "PIP_FIND_LINKS" in os.environ:
+                variables["UV_FIND_LINKS"] = os.environ["PIP_FIND_LINKS"]
+            elif "UV_FIND_LINKS" not in os.environ:
+                command += ["--torch-backend", "cpu"]
+        with Process(command, log=log, env=variables) as process:
+
+            def tick() -> None:
+                done = sum(1 for _ in staging.glob("lib/*/site-packages/*.dist-info"))
+                progress.step(f"installing {environment.name}", done, total, "packages")
+
+            if process.wait(tick) != 0:
+                raise ResourceError(
+                    f"environment {environment.name} does not install:\n{process.tail()}",
+                    f"the whole log is {log}; `quantize setup` tries again from where it was",
+                )
+
+    def _check(
+        self, environment: Environment, staging: Path, progress: Progress, log: Path
+    ) -> None:
+        progress.step(f"checking {environment.name}: first import", 0, 0)
+        if problem := self.health_of(environment, staging / "bin" / "python", log):
+            raise ResourceError(
+                f"environment {environment.name} is installed but does not work:\n{problem}",
+                f"the whole log is {log}",
+            )
+
+    def health_of(self, environment: Environment, python: Path, log: Path) -> str:
+        """Import what the environment is for; the error's last lines, or an empty text."""
+        code = "; ".join(f"import {name}" for name in environment.imports)
+        with Process([str(python), "-P", "-c", code], log=log) as process:
+            return process.tail() if process.wait() != 0 else ""
+
+
+def uv() -> str:
+    """Path of the uv executable that was installed with this package."""
+    from uv import find_uv_bin
+
+    return os.fspath(find_uv_bin())

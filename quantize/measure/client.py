@@ -1,0 +1,166 @@
+"""The few calls of vLLM's HTTP API that the measurement makes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from quantize.errors import SourceError, ToolError, TransientError
+
+TIMEOUT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one prompt."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """Log-probabilities of a prompt's tokens, nats; the first token has none.
+
+    `logprobs` (tokens - 1,); `top` holds, per position, (token id, log-probability) of the most
+    likely tokens, best first.
+    """
+
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+
+
+class Client:
+    """A connection to one server and the one model that it serves. Threads may share it."""
+
+    def __init__(self, base_url: str, model: str) -> None:
+        self.model = model
+        self.base_url = base_url
+        self._http = httpx.Client(
+            base_url=base_url,
+            timeout=TIMEOUT_SECONDS,
+            trust_env=False,  # a proxy has no business with the loopback interface
+            limits=httpx.Limits(max_connections=256),
+        )
+
+    def healthy(self) -> bool:
+        """Whether the server answers."""
+        try:
+            return self._http.get("/health", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def version(self) -> str:
+        """The server's own version."""
+        return str(self._get("/version").json()["version"])
+
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return int(self._get("/v1/models").json()["data"][0]["max_model_len"])
+
+    def complete(self, prompt: str, max_tokens: int) -> Answer:
+        """Greedy completion of a text."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0}
+        return _answer(*self._post("/v1/completions", body), ("text",))
+
+    def chat(self, messages: Sequence[dict[str, str]], max_tokens: int) -> Answer:
+        """Greedy answer to a conversation, through the checkpoint's chat template."""
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+        return _answer(*self._post("/v1/chat/completions", body), ("message", "content"))
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text, with or without what the tokenizer adds (BOS)."""
+        reply, _ = self._post("/tokenize", {"prompt": text, "add_special_tokens": special})
+        return [int(token) for token in reply["tokens"]]
+
+    def score(self, tokens: Sequence[int], top_k: int) -> ScoredPrompt:
+        """Log-probabilities of the tokens of a prompt, with the `top_k` best at each position."""
+        body = {
+            "prompt": list(tokens),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": top_k,
+            "add_special_tokens": False,
+        }
+        reply, _ = self._post("/v1/completions", body)
+        logprobs, top = [], []
+        for token, entry in zip(
+            tokens[1:], reply["choices"][0]["prompt_logprobs"][1:], strict=True
+        ):
+            logprobs.append(_finite(entry[str(token)]["logprob"]))
+            ranked = sorted((v["rank"], int(k), v["logprob"]) for k, v in entry.items())
+            top.append([(k, _finite(value)) for _, k, value in ranked[:top_k]])
+        return ScoredPrompt(logprobs, top)
+
+    def metrics(self) -> dict[str, float]:
+        """Prometheus samples, summed over labels; buckets are left out."""
+        values: dict[str, float] = {}
+        for line in self._get("/metrics").text.splitlines():
+            name, _, value = line.rpartition(" ")
+            name = name.partition("{")[0]
+            if name and not line.startswith("#") and not name.endswith(("_bucket", "_created")):
+                values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _get(self, path: str) -> httpx.Response:
+        response = self._http.get(path)
+        response.raise_for_status()
+        return response
+
+    def _post(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        started = time.monotonic()
+        try:
+            response = self._http.post(path, json={"model": self.model, **body})
+        except httpx.HTTPError as error:
+            raise TransientError(
+                f"the server stopped answering at {path}: {type(error).__name__}: {error}",
+                "run the same command again; finished parts are not repeated",
+            ) from error
+        if response.status_code == 400:
+            raise SourceError(f"the server refuses a request to {path}: {_reason(response)}")
+        if response.status_code != 200:
+            raise ToolError(f"{path} answered {response.status_code}: {_reason(response)}")
+        return response.json(), time.monotonic() - started
+
+
+def _answer(reply: dict[str, Any], seconds: float, where: tuple[str, ...]) -> Answer:
+    choice = reply["choices"][0]
+    text = choice
+    for name in where:
+        text = text[name]
+    return Answer(
+        text or "",
+        str(choice["finish_reason"]),
+        int(reply["usage"]["prompt_tokens"]),
+        int(reply["usage"]["completion_tokens"]),
+        seconds,
+    )
+
+
+def _finite(value: float | None) -> float:
+    # vLLM writes -9999 where JSON cannot hold -inf; NaN arrives as null
+    if value is None or value != value:
+        raise ToolError(
+            "the server returned NaN log-probabilities",
+            "the checkpoint computes NaN: look for overflowing or damaged weights",
+        )
+    return value
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        body = response.json()
+        return str(body.get("error", body).get("message", body))[:500]
+    except (ValueError, AttributeError):
+        return response.text[:500]

@@ -1,0 +1,110 @@
+"""The one place that starts processes: supervised, logged, never left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import quantize.supervise
+
+GRACE_SECONDS = 15.0
+"""Between SIGTERM and SIGKILL. Slurm and spot machines give 30 s or more in all."""
+POLL_SECONDS = 0.05
+TAIL_LINES = 20
+
+SECRETS = frozenset(
+    {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"}
+)
+"""Variables that reach a child only when its caller passes them on by name."""
+
+
+class Process:
+    """A child under :mod:`quantize.supervise`, its output in `log`.
+
+    A context manager: leaving the block ends the child and everything it started.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        supervisor = [sys.executable, "-I", "-S", quantize.supervise.__file__]
+        supervisor += [str(os.getpid()), str(GRACE_SECONDS)]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        self.command = list(command)
+        with log.open("ab") as output:
+            self._start = log.stat().st_size
+            self._popen = subprocess.Popen(
+                supervisor + self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=child_environment(env or {}),
+                cwd=cwd,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's process id; the child and its children are below it."""
+        return self._popen.pid
+
+    def poll(self) -> int | None:
+        """Exit code, or None while it runs."""
+        return self._popen.poll()
+
+    def wait(self, on_tick: Callable[[], None] = lambda: None) -> int:
+        """Wait for the end, calling `on_tick` about twenty times a second; the exit code."""
+        while (code := self._popen.poll()) is None:
+            on_tick()
+            time.sleep(POLL_SECONDS)
+        on_tick()
+        return code
+
+    def end(self) -> None:
+        """SIGTERM to the whole tree, SIGKILL after the grace period; returns when it is gone."""
+        if self._popen.poll() is None:
+            self._popen.terminate()
+            try:
+                self._popen.wait(GRACE_SECONDS + 5)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait()
+
+    def output(self) -> str:
+        """Everything this process has written so far."""
+        with self.log.open("rb") as file:
+            file.seek(self._start)
+            return file.read().decode("utf-8", "replace")
+
+    def tail(self) -> str:
+        """The last lines of the output, for an error message."""
+        return "\n".join(self.output().splitlines()[-TAIL_LINES:])
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Our environment without secrets and without what would lead a child to our packages."""
+    drop = SECRETS | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", **extra}

@@ -1,0 +1,183 @@
+"""Events → bars on a terminal, lines in a log, and `status.json`.
+
+Stages and workers say what they do through :class:`Progress`; who shows it is decided once, by the
+command line. `status.json` is rewritten atomically every few seconds, for schedulers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from quantize.protocol import write_json
+
+STATUS_SECONDS = 2.0
+
+
+class View(Protocol):
+    """Shows progress to a person."""
+
+    def stage(self, title: str, position: str) -> None:
+        """A stage has begun; `position` is like ``3/9``."""
+
+    def step(self, what: str, done: float, total: float, unit: str, eta_seconds: float) -> None:
+        """Work goes on inside the stage; a negative `eta_seconds` means not known yet."""
+
+    def line(self, text: str) -> None:
+        """Something worth a line that stays."""
+
+    def close(self) -> None:
+        """The run is over; give the terminal back."""
+
+
+@dataclass
+class Progress:
+    """Where stages, workers and servers report, and the only caller of the view."""
+
+    view: View
+    status_file: Path | None = None
+    _status: dict[str, Any] = field(default_factory=dict)
+    _written: float = 0.0
+    _step: tuple[str, float, float] = ("", 0.0, 0.0)  # what, when it began, done when it began
+
+    @contextmanager
+    def stage(self, stage_id: str, index: int, count: int) -> Iterator[None]:
+        """Everything reported inside belongs to this stage."""
+        self._status = {"stage": stage_id, "position": f"{index}/{count}", "started": time.time()}
+        self.view.stage(stage_id, f"{index}/{count}")
+        self._write(force=True)
+        yield
+
+    def step(self, what: str, done: float, total: float, unit: str = "") -> None:
+        """`done` of `total` `unit`s of `what`; the time left follows from the rate so far."""
+        now = time.monotonic()
+        if self._step[0] != what or done < self._step[2]:
+            self._step = (what, now, done)
+        elapsed, gained = now - self._step[1], done - self._step[2]
+        eta = (total - done) * elapsed / gained if gained > 0 and total > 0 else -1.0
+        self.view.step(what, done, total, unit, eta)
+        share = done / total if total > 0 else 0.0
+        self._status.update(
+            what=what, done=done, total=total, unit=unit, percent=round(100 * share)
+        )
+        if eta >= 0:
+            self._status["eta_seconds"] = round(eta)
+        self._write(force=False)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.view.line(text)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """One line of a worker's events file; kinds that this version does not know are skipped."""
+        if event["kind"] == "progress":
+            self.step(event["what"], event["done"], event["total"], event["unit"])
+        elif event["kind"] == "note":
+            self.note(event["text"])
+
+    def finish(self, state: str) -> None:
+        """The last status: done, failed or interrupted."""
+        self._status = {"state": state}
+        self._write(force=True)
+        self.view.close()
+
+    def _write(self, *, force: bool) -> None:
+        now = time.monotonic()
+        if self.status_file is None or (not force and now - self._written < STATUS_SECONDS):
+            return
+        self._written = now
+        write_json(self.status_file, {"state": "running", "time": time.time(), **self._status})
+
+
+class LineView:
+    """One line a stage, and one every `every_seconds` inside it: for logs and batch jobs."""
+
+    def __init__(self, write: Any, every_seconds: float = 10.0) -> None:
+        self._write = write  # called with one line of text
+        self._every = every_seconds
+        self._last = 0.0
+        self._what = ""
+
+    def stage(self, title: str, position: str) -> None:
+        """Write the stage's title."""
+        self._write(f"[{position}] {title}")
+        self._last, self._what = time.monotonic(), ""
+
+    def step(self, what: str, done: float, total: float, unit: str, eta_seconds: float) -> None:
+        """Write a line when the last is old enough, or the work is another."""
+        now = time.monotonic()
+        if now - self._last < (self._every if what == self._what else 1.0):
+            return
+        self._last, self._what = now, what
+        self._write("      " + describe(what, done, total, unit, eta_seconds))
+
+    def line(self, text: str) -> None:
+        """Write the line."""
+        self._write(f"      {text}")
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class BarView:
+    """Stage titles that stay and one live bar below them, on a terminal."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        self._console = console
+        self._bars = RichProgress(
+            TextColumn("      {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bars.add_task("", total=None, state="", visible=False)
+        self._bars.start()
+
+    def stage(self, title: str, position: str) -> None:
+        """Print the stage's title and reset the bar."""
+        self._console.print(f"[bold]\\[{position}] {title}[/bold]", highlight=False)
+        self._bars.reset(self._task, total=None, description=title, state="", visible=True)
+
+    def step(self, what: str, done: float, total: float, unit: str, eta_seconds: float) -> None:
+        """Move the bar."""
+        amount = f"{done:g}/{total:g} {unit}".strip() if total > 0 else f"{done:g} {unit}".strip()
+        left = f" · {_duration(eta_seconds)} left" if eta_seconds >= 0 else ""
+        self._bars.update(
+            self._task,
+            description=what,
+            completed=done,
+            total=total if total > 0 else None,
+            state=amount + left,
+            visible=True,
+        )
+
+    def line(self, text: str) -> None:
+        """Print the line above the bar."""
+        self._console.print(f"      {text}", highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Stop the live display."""
+        self._bars.stop()
+
+
+def describe(what: str, done: float, total: float, unit: str, eta_seconds: float) -> str:
+    """``calibrating layers: 3/4 layers, 20 s left``."""
+    text = f"{what}: {done:g}/{total:g} {unit}" if total > 0 else f"{what}: {done:g} {unit}"
+    return text.rstrip() + (f", {_duration(eta_seconds)} left" if eta_seconds >= 0 else "")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

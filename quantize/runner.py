@@ -1,0 +1,143 @@
+"""Runs workers and servers inside their environments, for the stages."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantize import errors
+from quantize.environments import Environments
+from quantize.errors import ResourceError, ToolError
+from quantize.process import Process
+from quantize.progress import Progress
+from quantize.protocol import Request, load_result, write_json
+
+SIGKILLED = 128 + 9
+
+
+@dataclass
+class Runner:
+    """What a stage may start, and where the logs of one run lie."""
+
+    environments: Environments
+    logs: Path
+    progress: Progress
+    tool_seconds: dict[str, float] = field(default_factory=dict)  # spent waiting for tools
+
+    def python(self, environment: str) -> Path:
+        """The environment's interpreter, installing the environment on first use."""
+        started = time.monotonic()
+        path = self.environments.install(environment, self.progress, self.logs / "environments.log")
+        self._spent(f"install:{environment}", started)
+        return path
+
+    def worker(
+        self,
+        environment: str,
+        name: str,
+        body: dict[str, Any],
+        *,
+        work: Path,
+        label: str,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> dict[str, Any]:
+        """Run `quantize.workers.<name>` and return its result's body.
+
+        `work` survives a kill and is the worker's own; `label` names the log file. A failure that
+        the worker foresaw is raised as the error it names, any other as :class:`ToolError`.
+        """
+        python = self.python(environment)
+        request_file, result_file = work / f"{label}.request.json", work / f"{label}.result.json"
+        events_file = work / f"{label}.events.jsonl"
+        for stale in (result_file, events_file):
+            stale.unlink(missing_ok=True)
+        request = Request(name, body, str(work), str(events_file))
+        write_json(request_file, asdict(request))
+        command = [str(python), "-P", "-m", f"quantize.workers.{name}"]
+        command += [str(request_file), str(result_file)]
+        started = time.monotonic()
+        with self.process(command, label, env=env, cwd=cwd) as process:
+            tail = _Tail(events_file, self.progress)
+            code = process.wait(tail.read)
+        self._spent(label, started)
+        if not result_file.exists():
+            raise _without_result(label, code, process)
+        result = load_result(result_file)
+        if not result.ok:
+            kind = errors.KINDS.get(result.kind, ToolError)
+            hint = result.hint or f"the whole log is {process.log}"
+            raise kind(f"{label}: {result.message}", hint)
+        return result.body
+
+    @contextmanager
+    def process(
+        self,
+        command: list[str],
+        label: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Iterator[Process]:
+        """Start a supervised process of an environment; ended when the block is left."""
+        paths = {"PYTHONPATH": str(self.environments.package_path())}
+        with Process(
+            command, log=self.logs / f"{label}.log", env={**paths, **(env or {})}, cwd=cwd
+        ) as process:
+            yield process
+
+    def wait_until(
+        self, process: Process, ready: Callable[[], bool], what: str, seconds: float
+    ) -> None:
+        """Wait for `ready`; the process's death or `seconds` without it is an error."""
+        started = time.monotonic()
+        while not ready():
+            waited = time.monotonic() - started
+            if (code := process.poll()) is not None:
+                raise _without_result(what, code, process)
+            if waited > seconds:
+                raise ResourceError(
+                    f"{what}: not ready after {seconds:.0f} s:\n{process.tail()}",
+                    f"the whole log is {process.log}",
+                )
+            self.progress.step(f"{what}: starting", round(waited), 0, "s")
+            time.sleep(0.2)
+        self._spent(what, started)
+
+    def _spent(self, what: str, started: float) -> None:
+        seconds = time.monotonic() - started
+        self.tool_seconds[what] = self.tool_seconds.get(what, 0.0) + seconds
+
+
+class _Tail:
+    """Reads the complete new lines of an events file and hands them to the progress."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path, self._progress, self._offset = path, progress, 0
+
+    def read(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            block = file.read()
+        complete = block[: block.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.splitlines():
+            self._progress.event(json.loads(line))
+
+
+def _without_result(what: str, code: int, process: Process) -> errors.QuantizeError:
+    """The error for a process that ended without saying why."""
+    where = f"the whole log is {process.log}"
+    if code == SIGKILLED:
+        return ResourceError(
+            f"{what} was killed (SIGKILL), most likely for using too much memory",
+            f"use a machine with more memory, or fewer or shorter samples; {where}",
+        )
+    return ToolError(f"{what} ended with exit code {code}:\n{process.tail()}", where)

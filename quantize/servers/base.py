@@ -1,0 +1,50 @@
+"""What a server backend offers; one file per server, in the literal table `SERVERS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from quantize.recipe import Serve
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One server process to be started on the loopback interface."""
+
+    python: Path  # interpreter of the server's environment
+    model: Path  # checkpoint folder
+    served_name: str
+    port: int
+    accelerator: str  # cpu or cuda
+    serve: Serve
+    max_logprobs: int
+
+
+class Server(Protocol):
+    """A module of this package with these names at its top level."""
+
+    NAME: str
+    ENVIRONMENT: str
+    START_SECONDS: float  # a server that is not ready after this long is given up
+
+    def command(self, launch: Launch) -> list[str]:
+        """The command line."""
+        ...
+
+    def variables(self, launch: Launch) -> dict[str, str]:
+        """Environment variables it needs."""
+        ...
+
+    def cannot_serve(self, scheme: str, accelerator: str) -> str | None:
+        """Why a checkpoint of this scheme is not served here, or None."""
+        ...
+
+    def explain(self, log: str) -> str | None:
+        """What to do about a failed start, from its log, or None for an unknown failure."""
+        ...
+
+    def kv_cache_tokens(self, metrics: dict[str, float], log: str) -> int | None:
+        """Tokens that the KV cache holds, as the server reports it."""
+        ...

