@@ -47,7 +47,10 @@ class UsageError(QuantizeError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a YAML file: where (1-based line, dotted key path) and what."""
+    """One mistake in a YAML file: where (1-based line, dotted key path) and what.
+
+    Line 0 is the command line: `path` then names the option, e.g. ``--set quantize.method``.
+    """
 
     line: int
     path: str
@@ -56,6 +59,8 @@ class Problem:
     def render(self, file: str) -> str:
         """``file:line: path: message``, the form that editors make clickable."""
         where = f"{file}:{self.line}"
+        if self.line == 0:
+            return f"{self.path}: {self.message}"
         return f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
 
 

@@ -40,7 +40,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 }
 """Which schemes a method can produce, best first."""
 
-GROUPED = frozenset({"W4A16", "W4A16_ASYM", "W8A16"})
+GROUPED = frozenset({"W4A16", "W4A16_ASYM"})
 """Schemes whose scales are per group of input channels."""
 
 DATA_FREE = frozenset({("rtn", s) for s in SCHEMES["rtn"]}) | {
@@ -80,6 +80,12 @@ class Model(Block):
         None, description="SPDX-like Hub licence id, where the source's card does not say it."
     )
 
+    @model_validator(mode="after")
+    def _adapter_revision_has_adapter(self) -> Model:
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision without adapter: name the adapter or remove it")
+        return self
+
 
 class Calibration(Block):
     """The data that calibrated methods see."""
@@ -95,7 +101,9 @@ class Calibration(Block):
     packing: bool = Field(
         False, description="Join rows end to end so that every sequence is full (text rows)."
     )
-    seed: int = Field(0, description="Which rows are drawn, and their order.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="Which rows are drawn, and their order."
+    )
 
 
 class Quantize(Block):
@@ -104,7 +112,7 @@ class Quantize(Block):
     method: Method = Field(description="awq, gptq, awq+gptq, rtn (round to nearest), fp8 or int8.")
     scheme: Scheme | None = Field(None, description="Number formats; the method's best if absent.")
     group_size: PositiveInt | None = Field(
-        None, description="Input channels that share a scale, for 4-bit and W8A16 (default 128)."
+        None, description="Input channels that share a scale, for 4-bit schemes (default 128)."
     )
     ignore: tuple[str, ...] = Field(
         ("lm_head",), description="Modules left in BF16: names, or 're:' and a pattern."
@@ -158,7 +166,9 @@ class Margins(Block):
 class Evaluate(Block):
     """What is measured, on both sides, through the server."""
 
-    suite: str = Field(description="A name in eval/suites, or a path to a suite file.")
+    suite: str = Field(
+        min_length=1, description="A name in eval/suites, or a path to a suite file."
+    )
     margins: Margins = Field(default_factory=Margins, description="Limits; none if absent.")
 
 
@@ -208,12 +218,20 @@ class Recipe(Block):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._+-]*$", max_length=80)] = Field(
         description="Names the run folder and the card: lower case, digits, . _ + -"
     )
-    model: Model
-    calibration: Calibration | None = None
-    quantize: Quantize
-    evaluate: Evaluate | None = None
-    serve: Serve = Field(default_factory=Serve)
-    publish: Publish = Field(default_factory=Publish)
+    model: Model = Field(description="The fine-tuned checkpoint.")
+    calibration: Calibration | None = Field(
+        None, description="The data that calibrated methods see; dynamic FP8 and rtn need none."
+    )
+    quantize: Quantize = Field(description="What is done to the weights.")
+    evaluate: Evaluate | None = Field(
+        None, description="What is measured, on both sides; nothing if absent."
+    )
+    serve: Serve = Field(
+        default_factory=Serve, description="How the checkpoint is served and measured."
+    )
+    publish: Publish = Field(
+        default_factory=Publish, description="Where the artifact goes; the store only if absent."
+    )
     environments: dict[Literal["llmcompressor", "vllm", "lmeval"], EnvironmentOverride] = Field(
         default_factory=dict, description="Use these interpreters instead of our own."
     )
@@ -234,17 +252,32 @@ class TaskRef(Block):
     name: str = Field(description="Name of the lm-eval task.")
     metric: str = Field(description="The metric that is compared, e.g. acc or exact_match.")
     filter: str = Field("none", description="lm-eval's filter of that metric.")
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    num_fewshot: Annotated[int, Field(ge=0)] = Field(0, description="Worked examples before it.")
     limit: PositiveInt | None = Field(None, description="Documents at most, from the start.")
     apply_chat_template: bool = Field(True, description="Ask through the chat template.")
-    higher_is_better: bool = True
+    higher_is_better: bool = Field(True, description="Whether a larger score is a better one.")
 
 
 class PerplexityText(Block):
-    """Held-out text and how it is cut."""
+    """Held-out text and how it is cut: a local file, or one column of a Hub data set."""
 
-    text: str = Field(description="A .jsonl file with `text` rows, or a .txt file.")
-    window: PositiveInt = Field(512, description="Tokens per window, BOS included.")
+    text: str = Field(
+        min_length=1,
+        description="A .jsonl file with `text` rows or a .txt file (relative to the suite file), "
+        "or a Hub data set.",
+    )
+    revision: str | None = Field(None, description="Hub only: a commit hash.")
+    config: str | None = Field(None, description="Hub only: the data set's configuration.")
+    split: str = Field("test", description="Hub only: the split.")
+    field: str = Field("text", description="The column (or JSON key) that holds the text.")
+    join: bool = Field(
+        False,
+        description="Join the rows with blank lines before cutting, as is customary for WikiText; "
+        "otherwise every row is cut by itself, and its last window may be short.",
+    )
+    window: Annotated[int, Field(gt=1)] = Field(
+        512, description="Tokens per window, BOS included; the first is context only."
+    )
     windows: PositiveInt | None = Field(None, description="Windows at most, from the start.")
     top_k: Annotated[int, Field(ge=1, le=1000)] = Field(
         20, description="Log-probabilities kept per position, for KL divergence."
@@ -254,25 +287,132 @@ class PerplexityText(Block):
 class Load(Block):
     """The load under which latency and throughput are read."""
 
-    requests: PositiveInt = 16
-    concurrency: PositiveInt = 4
-    input_tokens: PositiveInt = 128
-    output_tokens: PositiveInt = 64
+    requests: PositiveInt = Field(16, description="Requests in all.")
+    concurrency: PositiveInt = Field(4, description="Requests under way at once.")
+    input_tokens: PositiveInt = Field(128, description="Prompt tokens of each request.")
+    output_tokens: PositiveInt = Field(64, description="Tokens generated by each request.")
 
 
 class Suite(Block):
     """What is measured, as data: `eval/suites/*.yaml`."""
 
-    version: Literal[1]
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-    description: str = ""
-    smoke: str = Field("default", description="A name in eval/prompts, or a path.")
-    perplexity: PerplexityText | None = None
-    tasks: tuple[TaskRef, ...] = ()
+    version: Literal[1] = Field(description="The version of this format.")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(
+        description="Lower case, digits, . _ -"
+    )
+    description: str = Field("", description="For people; changes no key.")
+    smoke: str = Field("default", min_length=1, description="A name in eval/prompts, or a path.")
+    perplexity: PerplexityText | None = Field(None, description="Held-out text; none if absent.")
+    tasks: tuple[TaskRef, ...] = Field((), description="lm-eval tasks, in the order of the table.")
     tasks_folder: str | None = Field(
         None, description="Folder of own tasks (relative to the suite file); Hub tasks need none."
     )
-    load: Load = Field(default_factory=Load)
+    load: Load = Field(default_factory=Load, description="The load that latency is read under.")
+
+    @model_validator(mode="after")
+    def _task_names_differ(self) -> Suite:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks named twice: {', '.join(twice)}")
+        return self
+
+
+SmokeKind = Literal["completion", "chat", "long_context", "concurrent"]
+SmokeCheck = Literal["not_empty", "valid_utf8", "no_repetition", "no_template_echo", "finishes"]
+
+
+class Message(Block):
+    """One turn of a chat prompt."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="Who speaks.")
+    content: str = Field(min_length=1, description="What is said.")
+
+
+class Prompt(Block):
+    """One smoke prompt and what its answer must satisfy. Answers are greedy (temperature 0).
+
+    Checks without a baseline: `not_empty` (something but white space), `valid_utf8` (no U+FFFD),
+    `no_repetition` (no group of one to eight words stands six or more times in a row),
+    `no_template_echo` (no special token of the tokenizer in the text), `finishes` (the server says
+    `stop`, not `length`), and every text of `contains`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(
+        description="Lower case, digits, _ -"
+    )
+    kind: SmokeKind = Field(
+        description="completion, chat, long_context (a filler before the prompt) or concurrent "
+        "(the same request several times at once; every answer is checked)."
+    )
+    prompt: str | None = Field(None, min_length=1, description="The text; or give messages.")
+    messages: tuple[Message, ...] = Field((), description="Sent through the chat template.")
+    max_tokens: PositiveInt = Field(64, description="Tokens generated at most.")
+    opening: str | None = Field(
+        None, min_length=1, description="long_context: said before the filler, to be remembered."
+    )
+    filler: str | None = Field(
+        None,
+        min_length=1,
+        description="long_context: repeated before the prompt, or before the last message's text.",
+    )
+    context_tokens: PositiveInt | None = Field(
+        None,
+        description="long_context: length of the filler in tokens; less where the server's "
+        "max_model_len does not hold it with prompt and answer.",
+    )
+    copies: Annotated[int, Field(ge=2, le=256)] | None = Field(
+        None, description="concurrent: requests at once (8 if absent)."
+    )
+    checks: tuple[SmokeCheck, ...] = Field(
+        ("not_empty", "valid_utf8"), description="Conditions on the answer."
+    )
+    contains: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Texts that the answer must hold, upper and lower case alike."
+    )
+    min_baseline_similarity: Fraction | None = Field(
+        None,
+        description="Lowest similarity of the candidate's answer to the baseline's: "
+        "difflib.SequenceMatcher's ratio over words, 1 for equal answers.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Prompt:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("give either prompt or messages")
+        if self.kind == "completion" and self.prompt is None:
+            raise ValueError("kind completion takes a prompt, not messages")
+        if self.kind == "chat" and not self.messages:
+            raise ValueError("kind chat takes messages, not a prompt")
+        if self.messages and self.messages[-1].role != "user":
+            raise ValueError("the last of the messages must be the user's")
+        long_context = self.kind == "long_context"
+        if long_context != (self.filler is not None and self.context_tokens is not None):
+            raise ValueError("filler and context_tokens belong to kind long_context, both of them")
+        if self.opening is not None and not long_context:
+            raise ValueError("opening belongs to kind long_context")
+        if self.copies is not None and self.kind != "concurrent":
+            raise ValueError("copies belongs to kind concurrent")
+        return self
+
+
+class Prompts(Block):
+    """Smoke prompts, as data: `eval/prompts/*.yaml`."""
+
+    version: Literal[1] = Field(description="The version of this format.")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(
+        description="Lower case, digits, . _ -"
+    )
+    description: str = Field("", description="For people; changes no key.")
+    prompts: tuple[Prompt, ...] = Field(min_length=1, description="In the order they are sent.")
+
+    @model_validator(mode="after")
+    def _prompt_names_differ(self) -> Prompts:
+        names = [prompt.name for prompt in self.prompts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"prompts named twice: {', '.join(twice)}")
+        return self
 
 
 def recipe_schema() -> dict[str, Any]:
