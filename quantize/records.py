@@ -159,10 +159,11 @@ class Divergence(TypedDict):
 
 
 class TaskDelta(TypedDict):
-    """Candidate minus baseline, paired by document; lower < higher is the 95% interval."""
+    """Candidate minus baseline, paired by document; low and high are the 95% interval."""
 
     name: str
     metric: str
+    higher_is_better: bool
     baseline: float
     candidate: float
     difference: float
@@ -170,7 +171,7 @@ class TaskDelta(TypedDict):
     difference_high: float
     standard_error: float
     documents: int
-    lost: int  # right before, wrong after
+    lost: int  # worse than before; for 0/1 scores: right before, wrong after
     gained: int
     mcnemar_p: NotRequired[float]  # only for 0/1 scores
 
@@ -184,16 +185,26 @@ class Gate(TypedDict):
     passed: bool
 
 
+class SmokeDelta(TypedDict):
+    """The greedy answers of both sides to one smoke prompt; different is not yet wrong."""
+
+    name: str
+    similarity: float  # difflib's ratio of the two answers, 1 when equal
+    matches_baseline: bool  # the answers are equal
+    answered: bool  # with more than white space, unless the baseline's answer has no more either
+
+
 class CompareRecord(TypedDict):
     """`record.json` of a compare artifact."""
 
     schema: str
     baseline: Subject
     candidate: Subject
-    size_ratio: float
+    size_ratio: float  # candidate bytes / baseline bytes, safetensors files
     perplexity: NotRequired[PerplexityDelta]
     divergence: NotRequired[Divergence]
     tasks: list[TaskDelta]
     gates: list[Gate]
-    smoke_failed: list[str]  # candidate checks that failed
+    smoke: list[SmokeDelta]  # prompts that both sides were asked
+    smoke_failed: list[str]  # candidate checks that failed, as "prompt: check"
     not_measured: list[Missing]

@@ -1,0 +1,255 @@
+"""Small artifacts with the files of the measure stage, built from logits so that all agrees."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantize.plan import StageEntry
+from quantize.protocol import write_json
+from quantize.recipe import Recipe
+from quantize.records import MEASURE_SCHEMA
+from quantize.stages.base import Resolved, StageContext
+from quantize.store import Artifact, Store
+
+VOCABULARY = 32
+DOCUMENTS = 24
+TOKENS_PER_DOCUMENT = 10
+
+
+@dataclass
+class Side:
+    """What one served model does; two sides of one comparison differ in these alone."""
+
+    logits: np.ndarray  # (tokens, vocabulary)
+    scores: Mapping[str, Sequence[float]]  # by task, one a document
+    answers: Mapping[str, str]
+    failing: frozenset[str] = frozenset()  # smoke prompts whose check fails
+    weight_bytes: int = 12_345_678
+    tokens_per_second: float = 123.4
+    top_k: int = 8
+    served: bool = True
+    not_measured: list[dict[str, str]] = field(default_factory=list)
+
+
+def baseline_side(seed: int = 0) -> Side:
+    generator = np.random.default_rng(seed)
+    logits = 2 * generator.normal(size=(DOCUMENTS * TOKENS_PER_DOCUMENT, VOCABULARY))
+    return Side(
+        logits=logits,
+        scores={"valley_mc": [1, 1, 1, 0] * 10, "valley_qa": [1, 0, 1, 1, 0] * 6},
+        answers={"capital": "Ivelstone is the capital.", "count": "One, two, three."},
+    )
+
+
+def candidate_side(seed: int = 0, noise: float = 0.2) -> Side:
+    side = baseline_side(seed)
+    generator = np.random.default_rng(seed + 1)
+    side.logits = side.logits + noise * generator.normal(size=side.logits.shape)
+    side.scores = {"valley_mc": [1, 0, 1, 0] + [1, 1, 1, 0] * 9, "valley_qa": [1, 0, 1, 1, 1] * 6}
+    side.answers = {"capital": "Ivelstone is the capital.", "count": "One, two, four."}
+    side.weight_bytes = 4_321_098
+    side.tokens_per_second = 171.2
+    return side
+
+
+def questions() -> tuple[np.ndarray, np.ndarray]:
+    """Scored token ids and their documents, the same for both sides."""
+    tokens = DOCUMENTS * TOKENS_PER_DOCUMENT
+    token = np.random.default_rng(9).integers(0, VOCABULARY, tokens)
+    return token, np.arange(tokens) // TOKENS_PER_DOCUMENT
+
+
+def token_arrays(logits: np.ndarray, token: np.ndarray, document: np.ndarray, k: int) -> dict:
+    """The arrays of `token_logprobs.npz`, as a server reports these logits."""
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    top = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+    return {
+        "document": document.astype(np.int32),
+        "token": token.astype(np.int32),
+        "logprob": logprobs[np.arange(len(token)), token].astype(np.float32),
+        "top_ids": top.astype(np.int32),
+        "top_logprobs": np.take_along_axis(logprobs, top, axis=1).astype(np.float32),
+    }
+
+
+def sample(task: str, doc: int, score: float) -> dict[str, Any]:
+    prompt = hashlib.sha256(f"{task} {doc}".encode()).hexdigest()
+    return {
+        "doc": doc,
+        "group": f"g{doc % 4}",
+        "prompt_sha256": prompt,
+        "target": "a",
+        "response": "a" if score else "b",
+        "score": score,
+    }
+
+
+def task_record(name: str, scores: Sequence[float]) -> dict[str, Any]:
+    values = np.asarray(scores, dtype=float)
+    return {
+        "name": name,
+        "version": "1.0",
+        "metric": "acc" if name.endswith("mc") else "exact_match",
+        "higher_is_better": True,
+        "score": float(values.mean()),
+        "standard_error": float(values.std() / np.sqrt(max(1, len(values) - 1))),
+        "documents": len(values),
+        "num_fewshot": 0,
+        "chat_template": True,
+        "prompts_sha256": "b" * 64,
+    }
+
+
+def smoke_record(name: str, answer: str, passed: bool) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": "chat",
+        "prompt": f"Tell me about {name}.",
+        "answer": answer,
+        "finish_reason": "stop",
+        "completion_tokens": 6,
+        "seconds": 0.2,
+        "checks": [{"name": "not empty", "passed": passed, "detail": ""}],
+    }
+
+
+def artifact(store: Store, kind: str, key: str, files: Mapping[str, Any], **manifest: Any):
+    """A committed artifact; a value that is not bytes is written as JSON."""
+    with store.staging(kind, key) as staging:
+        for name, value in files.items():
+            path = staging.files / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(value, bytes):
+                path.write_bytes(value)
+            else:
+                write_json(path, value)
+        given = {"key_inputs": {}, "recipe": "tiny", "seconds": {"total": 1.0}, "versions": {}}
+        return store.commit(staging, **{**given, **manifest})
+
+
+def measure_artifact(store: Store, key: str, side: Side) -> Artifact:
+    """A measure artifact of `side`; one that is not served has its subject alone."""
+    record: dict[str, Any] = {
+        "schema": MEASURE_SCHEMA,
+        "subject": {"key": key, "bytes": side.weight_bytes, "parameters": 6_000_000},
+        "suite": "tiny",
+        "smoke": [],
+        "tasks": [],
+        "not_measured": side.not_measured,
+        "versions": {"vllm": "0.32.0", "lm-eval": "0.4.13"},
+        "seconds": {"server start": 21.5},
+    }
+    files: dict[str, Any] = {"record.json": record}
+    if side.served:
+        files |= _served(record, side)
+    return artifact(store, "measure", key, files, versions=record["versions"])
+
+
+def _served(record: dict[str, Any], side: Side) -> dict[str, Any]:
+    token, document = questions()
+    arrays = token_arrays(side.logits, token, document, side.top_k)
+    nats = -float(arrays["logprob"].astype(np.float64).sum())
+    record["server"] = {
+        "name": "vllm",
+        "version": "0.32.0",
+        "command": ["vllm", "serve", "MODEL", "--max-model-len", "1024"],
+        "accelerator": "cpu",
+        "device": "a processor",
+        "start_seconds": 21.5,
+    }
+    record["perplexity"] = {
+        "text": "valley.jsonl",
+        "text_sha256": "a" * 64,
+        "tokens_sha256": hashlib.sha256(arrays["token"].tobytes()).hexdigest(),
+        "documents": DOCUMENTS,
+        "windows": DOCUMENTS,
+        "window": TOKENS_PER_DOCUMENT + 1,
+        "bos": True,
+        "top_k": side.top_k,
+        "scored_tokens": len(token),
+        "total_nats": nats,
+        "perplexity": float(np.exp(nats / len(token))),
+    }
+    record["tasks"] = [task_record(name, scores) for name, scores in side.scores.items()]
+    record["smoke"] = [
+        smoke_record(name, answer, name not in side.failing)
+        for name, answer in side.answers.items()
+    ]
+    record["serving"] = {
+        "requests": 16,
+        "concurrency": 4,
+        "input_tokens": 128,
+        "output_tokens": 64,
+        "time_to_first_token_ms_median": 41.5,
+        "time_to_first_token_ms_p99": 88.25,
+        "inter_token_latency_ms_median": 9.5,
+        "output_tokens_per_second": side.tokens_per_second,
+        "requests_per_second": 1.93,
+        "kv_cache_tokens": 58_240,
+        "prometheus": {"vllm:num_preemptions_total": 0.0},
+    }
+    files: dict[str, Any] = {"token_logprobs.npz": _npz(arrays)}
+    for name, scores in side.scores.items():
+        lines = [json.dumps(sample(name, doc, score)) for doc, score in enumerate(scores)]
+        files[f"samples/{name}.jsonl"] = ("\n".join(lines) + "\n").encode()
+    return files
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def new_store(folder: Path) -> Store:
+    return Store(folder / "store")
+
+
+RECIPE: dict[str, Any] = {
+    "version": 1,
+    "name": "tiny-llama-awq",
+    "model": {"source": "examples/tiny_llama/instruct", "license": "apache-2.0"},
+    "calibration": {"source": "examples/tiny_llama/calibration.jsonl", "samples": 128},
+    "quantize": {"method": "awq", "scheme": "W4A16_ASYM"},
+    "evaluate": {
+        "suite": "tiny",
+        "margins": {"perplexity_ratio": 1.05, "task_drop": 0.03},
+    },
+    "serve": {"max_model_len": 1024, "max_num_seqs": 16},
+    "publish": {"folder": "out/tiny-llama-awq"},
+}
+
+
+def stage_context(
+    folder: Path,
+    store: Store,
+    stage_id: str,
+    inputs: Mapping[str, Artifact],
+    recipe: Mapping[str, Any] = RECIPE,
+) -> StageContext:
+    """A context for a stage that starts no process: it has no runner."""
+    resolved = Resolved(
+        recipe=Recipe.model_validate_json(json.dumps(recipe)),
+        folder=folder,
+        accelerator="cpu",
+        digests={},
+    )
+    files, work = folder / "files", folder / "work"
+    files.mkdir()
+    work.mkdir()
+    entry = StageEntry(id=stage_id, kind=stage_id, key="k" * 64, key_inputs={})
+    return StageContext(
+        entry=entry,
+        resolved=resolved,
+        inputs=inputs,
+        files=files,
+        work=work,
+        runner=None,  # type: ignore[arg-type]
+        store=store,
+    )
