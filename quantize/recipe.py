@@ -387,7 +387,7 @@ class Prompt(Block):
         if self.messages and self.messages[-1].role != "user":
             raise ValueError("the last of the messages must be the user's")
         long_context = self.kind == "long_context"
-        if long_context != (self.filler is not None and self.context_tokens is not None):
+        if {self.filler is not None, self.context_tokens is not None} != {long_context}:
             raise ValueError("filler and context_tokens belong to kind long_context, both of them")
         if self.opening is not None and not long_context:
             raise ValueError("opening belongs to kind long_context")
@@ -404,10 +404,12 @@ class Prompts(Block):
         description="Lower case, digits, . _ -"
     )
     description: str = Field("", description="For people; changes no key.")
-    prompts: tuple[Prompt, ...] = Field(min_length=1, description="In the order they are sent.")
+    prompts: tuple[Prompt, ...] = Field(description="At least one, in the order they are sent.")
 
     @model_validator(mode="after")
     def _prompt_names_differ(self) -> Prompts:
+        if not self.prompts:
+            raise ValueError("a file of prompts needs at least one")
         names = [prompt.name for prompt in self.prompts]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -135,7 +135,7 @@ def _words(kind: type[BaseModel], path: Path_, detail: ErrorDetails) -> str:
             return _choice(kind, path, detail["input"])
         case "value_error":
             return str(context["error"])
-        case "string_pattern_mismatch" | "string_too_short" | "string_too_long" | "too_short":
+        case "string_pattern_mismatch" | "string_too_short" | "string_too_long":
             return f"{got} does not fit{_purpose(kind, path)}"
         case "greater_than":
             return f"{got} is too small: must be above {context['gt']:g}"
@@ -192,10 +192,12 @@ def _choice(kind: type[BaseModel], path: Path_, value: Any) -> str:
     name = str(path[_last_key(path)])
     annotation = model.model_fields[name].annotation if model is not None else None
     allowed = list(_literals(annotation))
-    near = difflib.get_close_matches(value, [a for a in allowed if isinstance(a, str)], 1)
-    hint = f", did you mean {near[0]}" if isinstance(value, str) and near else ""
-    choices = ", ".join(str(a) for a in allowed)
-    return f"{_describe(value)} is not one of {choices}{hint}"
+    names = [name for name in allowed if isinstance(name, str)]
+    near = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
+    hint = f", did you mean {near[0]}" if near else ""
+    if len(allowed) == 1:
+        return f"{_describe(value)} is not known here: write {allowed[0]}"
+    return f"{_describe(value)} is not one of {', '.join(str(a) for a in allowed)}{hint}"
 
 
 def _last_key(path: Path_) -> int:

@@ -1,0 +1,174 @@
+"""What a recipe's result depends on outside the recipe itself, read once, up front.
+
+Files are identified by the sha256 of their contents, Hub repositories by their commit. A commit
+that is not pinned is looked up only when `online`; otherwise the name stays absent, and the plan
+calls the stages that need it pending.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from quantize.errors import SourceError
+from quantize.hash_cache import HashCache
+from quantize.keys import digest
+from quantize.model_files import any_match, checkpoint_files
+from quantize.recipe import Prompts, Recipe, Suite
+from quantize.recipe_file import load_prompts, load_suite
+from quantize.resources import find_checkpoint, find_data, find_path, find_prompts, find_suite
+from quantize.stages.base import Resolved
+
+PLAN_HASH_LIMIT_BYTES = 2 << 30
+"""What a plan hashes at most of a local checkpoint that it has not seen before."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+TASK_NAME = re.compile(r"""(?m)^(?:task|group)\s*:\s*["']?([\w.+-]+)""")
+
+
+def resolve(
+    recipe: Recipe,
+    recipe_path: Path,
+    accelerator: str,
+    *,
+    online: bool,
+    cache_path: Path,
+    hash_limit_bytes: int | None = None,
+    on_hashed: Callable[[int, int], None] | None = None,
+) -> Resolved:
+    """Digests and local paths of everything that `recipe` names.
+
+    `digests` holds `model`, and where the recipe has such a part `adapter`, `calibration`, `suite`,
+    `text`, `prompts` and `tasks`. A checkpoint folder with more than `hash_limit_bytes` that
+    `cache_path` does not know is left absent. `on_hashed` is told (bytes done, bytes in all).
+
+    Raises SourceError for a local input that is missing or unreadable, RecipeError for a mistake in
+    the suite or its prompts, and what :mod:`quantize.hub` raises when `online`.
+    """
+    folder = recipe_path.absolute().parent
+    cache = HashCache(cache_path, on_hashed=on_hashed)
+    inputs = _Inputs(cache, online, hash_limit_bytes)
+    _resolve_model(recipe, folder, inputs)
+    if recipe.calibration is not None and recipe.quantize.needs_calibration:
+        calibration = recipe.calibration
+        path = find_data(calibration.source, folder, "calibration.source")
+        inputs.data("calibration", path, calibration.source, calibration.revision)
+    suite = _resolve_suite(recipe, folder, inputs) if recipe.evaluate is not None else None
+    cache.save()
+    return Resolved(recipe, folder, accelerator, inputs.digests, inputs.paths, suite)
+
+
+def _resolve_model(recipe: Recipe, folder: Path, inputs: _Inputs) -> None:
+    model = recipe.model
+    path = find_checkpoint(model.source, folder)
+    if path is None:
+        inputs.hub("model", model.source, model.revision, "model")
+    else:
+        inputs.checkpoint("model", path, checkpoint_files(path))
+    if model.adapter is None:
+        return
+    path = find_checkpoint(model.adapter, folder, "model.adapter")
+    if path is None:
+        inputs.hub("adapter", model.adapter, model.adapter_revision, "model")
+    else:
+        own = sorted(p.name for p in path.iterdir() if any_match(p.name, ADAPTER_FILES))
+        inputs.checkpoint("adapter", path, own)
+
+
+def _resolve_suite(recipe: Recipe, folder: Path, inputs: _Inputs) -> Suite:
+    assert recipe.evaluate is not None
+    suite_path = find_suite(recipe.evaluate.suite, folder)
+    suite = load_suite(suite_path)
+    suite_folder = suite_path.absolute().parent
+    inputs.add("suite", contents_digest(suite), suite_path)
+    prompts_path = find_prompts(suite.smoke, suite_folder)
+    inputs.add("prompts", contents_digest(load_prompts(prompts_path)), prompts_path)
+    if suite.perplexity is not None:
+        text = suite.perplexity
+        path = find_data(text.text, suite_folder, f"perplexity.text of suite {suite.name}")
+        inputs.data("text", path, text.text, text.revision)
+    if suite.tasks_folder is not None:
+        tasks = find_path(suite.tasks_folder, suite_folder)
+        if tasks is None or not tasks.is_dir():
+            raise SourceError(
+                f"suite {suite.name}: there is no tasks folder {suite.tasks_folder!r}",
+                f"correct tasks_folder in {suite_path}",
+            )
+        names = task_files(tasks, [task.name for task in suite.tasks])
+        inputs.add("tasks", inputs.cache.tree(tasks, names), tasks)
+    return suite
+
+
+def contents_digest(file: Suite | Prompts) -> str:
+    """What a suite or prompts file says, without its description for people."""
+    return digest(file.model_dump(mode="json", exclude={"description"}))
+
+
+def task_files(folder: Path, tasks: Iterable[str]) -> list[str]:
+    """Files below `folder` that the own ones among `tasks` consist of, relative to it.
+
+    An own task is one that a YAML file defines (`task: name`); all files beside that one count, and
+    so do those at the top of `folder`, which tasks may include.
+    """
+    wanted = set(tasks)
+    homes = {folder}
+    for path in folder.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if wanted & set(TASK_NAME.findall(text)):
+            homes.add(path.parent)
+    names = []
+    for path in folder.rglob("*"):
+        inside = path.parent in homes or (homes - {folder}) & set(path.parents)
+        if inside and path.is_file() and "__pycache__" not in path.parts:
+            names.append(path.relative_to(folder).as_posix())
+    return sorted(names)
+
+
+@dataclass
+class _Inputs:
+    """Collects digests and paths by input name."""
+
+    cache: HashCache
+    online: bool
+    hash_limit_bytes: int | None
+    digests: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, name: str, value: str, path: Path) -> None:
+        """An input whose contents are known."""
+        self.digests[name], self.paths[name] = value, path
+
+    def data(self, name: str, path: Path | None, text: str, revision: str | None) -> None:
+        """A local data file, or a data set on the Hub."""
+        if path is None:
+            self.hub(name, text, revision, "dataset")
+        else:
+            self.add(name, self.cache.sha256(path), path)
+
+    def checkpoint(self, name: str, folder: Path, files: list[str]) -> None:
+        """A local checkpoint or adapter; the digest is absent when it is too large to hash now."""
+        self.paths[name] = folder
+        if not files:
+            raise SourceError(
+                f"{folder} holds no {'adapter' if name == 'adapter' else 'checkpoint'} files",
+                f"correct model.{'adapter' if name == 'adapter' else 'source'}",
+            )
+        limit = self.hash_limit_bytes
+        if limit is None or self.cache.unknown_bytes(folder / file for file in files) <= limit:
+            self.digests[name] = self.cache.tree(folder, files)
+
+    def hub(
+        self, name: str, repo: str, revision: str | None, kind: Literal["model", "dataset"]
+    ) -> None:
+        """A Hub repository: ``repo@commit`` when the commit is pinned or may be looked up."""
+        commit = revision if revision and COMMIT.fullmatch(revision) else None
+        if commit is None and self.online:
+            from quantize import hub  # imports an HTTP client: only runs that go online pay for it
+
+            commit = hub.resolve_revision(hub.access_from_environment(), repo, revision, kind)
+        if commit is not None:
+            self.digests[name] = f"{repo}@{commit}"
