@@ -51,6 +51,7 @@ class Smoke(TypedDict):
     completion_tokens: int
     seconds: float
     checks: list[Check]
+    min_baseline_similarity: NotRequired[float]  # the prompt's own demand, for `compare`
 
 
 class Perplexity(TypedDict):
@@ -189,9 +190,10 @@ class SmokeDelta(TypedDict):
     """The greedy answers of both sides to one smoke prompt; different is not yet wrong."""
 
     name: str
-    similarity: float  # difflib's ratio of the two answers, 1 when equal
-    matches_baseline: bool  # the answers are equal
+    similarity: float  # difflib.SequenceMatcher's ratio over words, 1 for equal words
+    identical: bool  # to the last character
     answered: bool  # with more than white space, unless the baseline's answer has no more either
+    matches_baseline: NotRequired[bool]  # as similar as the prompt demands, where it demands that
 
 
 class CompareRecord(TypedDict):
@@ -206,5 +208,5 @@ class CompareRecord(TypedDict):
     tasks: list[TaskDelta]
     gates: list[Gate]
     smoke: list[SmokeDelta]  # prompts that both sides were asked
-    smoke_failed: list[str]  # candidate checks that failed, as "prompt: check"
+    smoke_failed: list[str]  # what the candidate's answers fail, as "prompt: check"
     not_measured: list[Missing]

@@ -68,6 +68,7 @@ def compare(baseline: Artifact, candidate: Artifact, margins: Margins) -> Compar
     """The comparison of two measure artifacts."""
     before: MeasureRecord = baseline.json("record.json")
     after: MeasureRecord = candidate.json("record.json")
+    smoke = _smoke(before["smoke"], after["smoke"])
     record = CompareRecord(
         schema=COMPARE_SCHEMA,
         baseline=before["subject"],
@@ -75,13 +76,8 @@ def compare(baseline: Artifact, candidate: Artifact, margins: Margins) -> Compar
         size_ratio=after["subject"]["bytes"] / before["subject"]["bytes"],
         tasks=[],
         gates=[],
-        smoke=_smoke(before["smoke"], after["smoke"]),
-        smoke_failed=[
-            f"{smoke['name']}: {check['name']}"
-            for smoke in after["smoke"]
-            for check in smoke["checks"]
-            if not check["passed"]
-        ],
+        smoke=smoke,
+        smoke_failed=_smoke_failed(after["smoke"], smoke),
         not_measured=_carried_over(before, after),
     )
     _add_perplexity(record, baseline, candidate, before, after)
@@ -162,22 +158,38 @@ def _carried_over(before: MeasureRecord, after: MeasureRecord) -> list[Missing]:
 
 def _smoke(before: list[Smoke], after: list[Smoke]) -> list[SmokeDelta]:
     """Answers of both sides to the same prompts, in the baseline's order."""
-    answers = {smoke["name"]: smoke["answer"] for smoke in after}
+    candidates = {smoke["name"]: smoke for smoke in after}
     return [
-        SmokeDelta(
-            name=smoke["name"],
-            similarity=_similarity(smoke["answer"], answers[smoke["name"]]),
-            matches_baseline=smoke["answer"] == answers[smoke["name"]],
-            answered=bool(answers[smoke["name"]].strip()) or not smoke["answer"].strip(),
-        )
+        _smoke_delta(smoke, candidates[smoke["name"]])
         for smoke in before
-        if smoke["name"] in answers
+        if smoke["name"] in candidates
     ]
 
 
-def _similarity(before: str, after: str) -> float:
-    """Difflib's 2·matches/(characters of both): 1 when equal, 0 without a common character."""
-    return SequenceMatcher(None, before, after, autojunk=False).ratio()
+def _smoke_delta(before: Smoke, after: Smoke) -> SmokeDelta:
+    first, second = before["answer"], after["answer"]
+    matcher = SequenceMatcher(None, first.split(), second.split(), autojunk=False)
+    delta = SmokeDelta(
+        name=before["name"],
+        similarity=matcher.ratio(),
+        identical=first == second,
+        answered=bool(second.strip()) or not first.strip(),
+    )
+    if "min_baseline_similarity" in before:
+        delta["matches_baseline"] = delta["similarity"] >= before["min_baseline_similarity"]
+    return delta
+
+
+def _smoke_failed(after: list[Smoke], deltas: list[SmokeDelta]) -> list[str]:
+    """Checks on the candidate's answers alone, then those against the baseline's answers."""
+    failed = [
+        f"{smoke['name']}: {check['name']}"
+        for smoke in after
+        for check in smoke["checks"]
+        if not check["passed"]
+    ]
+    differing = [delta["name"] for delta in deltas if not delta.get("matches_baseline", True)]
+    return failed + [f"{name}: similar to the baseline's answer" for name in differing]
 
 
 def _answered(smoke: list[SmokeDelta]) -> list[Gate]:

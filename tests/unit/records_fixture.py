@@ -30,6 +30,7 @@ class Side:
     scores: Mapping[str, Sequence[float]]  # by task, one a document
     answers: Mapping[str, str]
     failing: frozenset[str] = frozenset()  # smoke prompts whose check fails
+    min_similarity: Mapping[str, float] = field(default_factory=dict)  # by smoke prompt
     weight_bytes: int = 12_345_678
     tokens_per_second: float = 123.4
     top_k: int = 8
@@ -179,6 +180,11 @@ def _served(record: dict[str, Any], side: Side) -> dict[str, Any]:
     record["tasks"] = [task_record(name, scores) for name, scores in side.scores.items()]
     record["smoke"] = [
         smoke_record(name, answer, name not in side.failing)
+        | (
+            {"min_baseline_similarity": side.min_similarity[name]}
+            if name in side.min_similarity
+            else {}
+        )
         for name, answer in side.answers.items()
     ]
     record["serving"] = {

@@ -35,8 +35,9 @@ def test_a_candidate_that_moved_a_little(tmp_path):
     assert flips == {"valley_mc": (1, 0), "valley_qa": (0, 6)}
     assert record["not_measured"] == []
     count = next(smoke for smoke in record["smoke"] if smoke["name"] == "count")
-    assert not count["matches_baseline"]
-    assert 0.5 < count["similarity"] < 1
+    assert not count["identical"]
+    assert count["similarity"] == pytest.approx(2 / 3)  # two of three words on each side
+    assert "matches_baseline" not in count
 
 
 def test_the_same_model_twice(tmp_path):
@@ -46,7 +47,7 @@ def test_the_same_model_twice(tmp_path):
     assert all(
         task["difference"] == task["lost"] == task["gained"] == 0 for task in record["tasks"]
     )
-    assert all(smoke["matches_baseline"] for smoke in record["smoke"])
+    assert all(smoke["identical"] for smoke in record["smoke"])
 
 
 def test_a_candidate_that_was_not_served_keeps_its_reason(tmp_path):
@@ -101,6 +102,18 @@ def test_an_empty_answer_fails_and_a_different_one_does_not(tmp_path):
     record = compared(tmp_path, baseline_side(), after)
     assert record["smoke_failed"] == ["capital: not empty"]
     assert failed_gates(record) == ["smoke_unanswered is 1, the limit is 0"]
+
+
+@pytest.mark.parametrize(("demand", "failed"), [(0.6, []), (0.7, ["count"])])
+def test_an_answer_less_similar_than_its_prompt_demands(tmp_path, demand, failed):
+    before, after = baseline_side(), candidate_side()
+    before.min_similarity = after.min_similarity = {"count": demand}
+    record = compared(tmp_path, before, after)
+    assert record["smoke_failed"] == [
+        f"{name}: similar to the baseline's answer" for name in failed
+    ]
+    count = next(smoke for smoke in record["smoke"] if smoke["name"] == "count")
+    assert count["matches_baseline"] is not bool(failed)
 
 
 def test_an_answer_that_the_baseline_did_not_give_either(tmp_path):
