@@ -91,15 +91,36 @@ class Runner:
         ) as process:
             yield process
 
+    @contextmanager
+    def tool(self, label: str) -> Iterator[None]:
+        """Count the time inside as a tool's, unless a worker inside already counts it."""
+        started, counted = time.monotonic(), sum(self.tool_seconds.values())
+        try:
+            yield
+        finally:
+            inside = sum(self.tool_seconds.values()) - counted
+            self.tool_seconds[label] = time.monotonic() - started - inside
+
     def wait_until(
-        self, process: Process, ready: Callable[[], bool], what: str, seconds: float
-    ) -> None:
-        """Wait for `ready`; the process's death or `seconds` without it is an error."""
+        self,
+        process: Process,
+        ready: Callable[[], bool],
+        what: str,
+        seconds: float,
+        explain: Callable[[str], str | None],
+    ) -> float:
+        """Wait for `ready`, and return after how many seconds it was.
+
+        The process's death, or `seconds` without it, is an error; `explain` knows remedies by log.
+        """
         started = time.monotonic()
         while not ready():
             waited = time.monotonic() - started
             if (code := process.poll()) is not None:
-                raise _without_result(what, code, process)
+                error = _without_result(what, code, process)
+                if remedy := explain(process.output()):
+                    raise ResourceError(error.message, f"{remedy}; {error.hint}")
+                raise error
             if waited > seconds:
                 raise ResourceError(
                     f"{what}: not ready after {seconds:.0f} s:\n{process.tail()}",
@@ -108,6 +129,7 @@ class Runner:
             self.progress.step(f"{what}: starting", round(waited), 0, "s")
             time.sleep(0.2)
         self._spent(what, started)
+        return time.monotonic() - started
 
     def _spent(self, what: str, started: float) -> None:
         seconds = time.monotonic() - started

@@ -163,6 +163,25 @@ class Store:
                 if artifact is not None:
                     yield artifact
 
+    def manifests(self, kind: str) -> Iterator[Manifest]:
+        """The manifests of every complete artifact of one kind."""
+        folder = self.root / kind
+        if folder.is_dir():
+            for path in sorted(p for p in folder.iterdir() if p.name[0] != "."):
+                artifact = self.get(kind, path.name)
+                if artifact is not None:
+                    yield artifact.manifest
+
+    def leftovers(self) -> list[Path]:
+        """Scratch folders whose run is gone, and artifacts that were set aside."""
+        found = [p for p in (self.root / ".damaged").glob("*/*") if p.is_dir()]
+        for folder in self.root.glob("*/.staging/*"):
+            if folder.is_dir():
+                lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+                with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+                    found.append(folder)
+        return found
+
     @contextlib.contextmanager
     def staging(self, kind: str, key: str, wait_seconds: float = 6 * 3600) -> Iterator[Staging]:
         """Hold the stage's lock; another run of the same stage waits and then finds the result."""

@@ -27,7 +27,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def prctl(option: int, value: int) -> None:
-    """Call prctl(2) on Linux; elsewhere nothing, and orphans are then possible."""
+    """Set an attribute of this process on Linux; elsewhere orphans stay possible."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 

@@ -45,7 +45,7 @@ def measure(
     on_progress: Callable[[int, int], None],
 ) -> Perplexity:
     """Score the text, write the per-token arrays to `output` (npz), return the record."""
-    documents = read_documents(path)
+    documents = read_documents(path, text.field)
     limit = text.windows
     windows, bos = cut(client, documents, text.window, limit)
     with ThreadPoolExecutor(concurrency) as pool:
@@ -72,18 +72,18 @@ def measure(
     }
 
 
-def read_documents(path: Path) -> list[str]:
-    """The texts of a .jsonl file's rows, or a .txt file as one document."""
+def read_documents(path: Path, field: str) -> list[str]:
+    """The `field` of a .jsonl file's rows, or a .txt file as one document."""
     if path.suffix != ".jsonl":
         return [path.read_text(encoding="utf-8")]
     documents = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            documents.append(str(json.loads(line)["text"]))
+            documents.append(str(json.loads(line)[field]))
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(
-                f"{path}:{number}: not an object with `text`: {error!r}",
-                "each line of a held-out text is {\"text\": ...}",
+                f"{path}:{number}: not an object with `{field}`: {error!r}",
+                'each line is one JSON object',
             ) from error
     return documents
 

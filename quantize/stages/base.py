@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Resolved:
     """The recipe with everything outside it that its result depends on, read once, up front.
 
-    `digests` maps a name (`model`, `adapter`, `calibration`, `suite`, `text`, `tasks`,
-    `prompts`) to what identifies that input: sha256 of content for files, the commit for the Hub. A name that is
-    absent cannot be known yet; the stages that need it are `pending` in the plan.
+    `digests` maps a name (`model`, `adapter`, `calibration`, `suite`, `text`, `tasks`, `prompts`)
+    to what identifies that input: sha256 of content for files, the commit for the Hub. A name that
+    is absent cannot be known yet; the stages that need it are `pending` in the plan.
     """
 
     recipe: Recipe
@@ -53,10 +53,17 @@ class StageContext:
 
 
 class Stage(Protocol):
-    """A module of this package: these four names at its top level."""
+    """A module of this package: these four names at its top level.
+
+    A module may also offer `stale(resolved, artifact) -> str | None`: why a finished artifact must
+    be made again although its key is the same (a published folder that somebody changed).
+    """
 
     VERSION: int  # raised whenever the same inputs give another result
-    ENVIRONMENTS: tuple[str, ...]  # whose locks are part of the key
+
+    def environments(self, resolved: Resolved, entry_id: str) -> tuple[str, ...]:
+        """Names of the environments whose locks are part of the key."""
+        ...
 
     def key_inputs(self, resolved: Resolved, entry_id: str) -> dict[str, Any]:
         """Everything the result depends on beyond the inputs' keys, code version and locks."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import re
 import resource
 import shutil
@@ -103,14 +104,14 @@ def _loader(path: Path) -> tuple[torch.utils.data.DataLoader[Any], int]:
     """Batches of one sequence, input_ids (1, tokens) int64, and the longest sequence's length."""
     arrays = np.load(path)
     ids, offsets = arrays["ids"].astype(np.int64), arrays["offsets"]
-    rows = [torch.from_numpy(ids[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    rows = [torch.from_numpy(ids[a:b]) for a, b in itertools.pairwise(offsets)]
 
     def collate(batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         stacked = torch.stack(batch)
         return {"input_ids": stacked, "attention_mask": torch.ones_like(stacked)}
 
     return (
-        torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=collate),  # type: ignore[arg-type]
+        torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=collate),
         int(np.diff(offsets).max()),
     )
 
@@ -125,11 +126,11 @@ def _without_pinned_memory() -> None:
 def _report_progress(events: Events) -> None:
     """Turn llm-compressor's progress bars into events."""
 
-    class EventBar(tqdm.tqdm):  # type: ignore[type-arg]
+    class EventBar(tqdm.tqdm):  # type: ignore[misc]
         """A bar that also says where it is, and at which layer."""
 
         def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
+            shown: bool | None = super().update(n)
             self._say()
             return shown
 

@@ -3,10 +3,10 @@
 Runs in the lmeval environment, with the folder of own tasks as working directory, so that a task's
 `data_files` are relative to it.
 
-Request body: `base_url` (of `/v1/completions`), `model` (served name), `tokenizer` (folder), `task`,
-`metric`, `filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`, `concurrency`,
-`max_length`, `tasks_folder` (or null), `group` (document field for clustering), `samples` (output
-file). Result body: `score`, `standard_error`, `documents`, `version`, `prompts_sha256`, `versions`.
+Request body: `base_url` (of `/v1/completions`), `model` (served name), `tokenizer` (folder),
+`task`, `metric`, `filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`,
+`concurrency`, `max_length`, `tasks_folder` (or null), `samples` (output file).
+Result body: `score`, `standard_error`, `documents`, `version`, `prompts_sha256`, `versions`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def run(request: Request, events: Events) -> dict[str, Any]:
 
 def _collect(body: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     rows, prompts = [], hashlib.sha256()
+    # A group task (MMLU) has subtasks, whose document ids begin anew.
+    group = len(results["samples"]) > 1
     samples = [
-        sample
+        (f"{task}/" if group else "", sample)
         for task in sorted(results["samples"])
         for sample in results["samples"][task]
         if sample["filter"] == body["filter"]
@@ -75,13 +77,13 @@ def _collect(body: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
             f"task {body['task']} has no filter {body['filter']!r}",
             f"use one of {known} in the suite",
         )
-    for sample in samples:
+    for prefix, sample in samples:
         prompt = json.dumps([_plain(request) for request in _arguments(sample)])
         prompts.update(prompt.encode())
         rows.append(
             {
-                "doc": str(sample["doc"].get("id", sample["doc_id"])),
-                "group": str(sample["doc"].get("group", "")),
+                "doc": prefix + str(sample["doc"].get("id", sample["doc_id"])),
+                "group": str(sample["doc"].get("group", prefix)),
                 "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
                 "target": str(sample["target"]),
                 "response": json.dumps(sample["filtered_resps"], ensure_ascii=False),

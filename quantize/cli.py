@@ -1,0 +1,280 @@
+"""The command line: the only module that prints or exits.
+
+Everything heavy is imported inside the commands, so that `--help` costs a Python start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from quantize import __version__
+from quantize.errors import Interrupted, QuantizeError, UsageError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Group(click.Group):
+    """Turns every QuantizeError into two lines and its exit code; nothing else is caught."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; exit with the code that the error tree gives."""
+        kwargs["standalone_mode"] = False
+        try:
+            result = super().main(*args, **kwargs)
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.exceptions.Abort:
+            fail(Interrupted("interrupted"))
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        except QuantizeError as error:
+            fail(error)
+        except Exception:
+            traceback.print_exc()
+            click.echo("this is a bug of quantize: please report it with the lines above", err=True)
+            sys.exit(1)
+
+
+def fail(error: QuantizeError) -> NoReturn:
+    """Print what happened and what to do, and exit."""
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(error.message, err=True)
+    if error.hint:
+        click.secho("next: ", bold=True, nl=False, err=True)
+        click.echo(error.hint, err=True)
+    sys.exit(error.exit_code)
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="quantize")
+def main() -> None:
+    """Quantize a fine-tuned checkpoint, measure what it cost, publish the result."""
+
+
+STORE = click.option(
+    "--store",
+    "store_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of finished artifacts  [default: the user's cache]",
+)
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@main.command()
+@click.argument("recipe")
+@STORE
+@SET
+@click.option("--only", metavar="STAGE", help="Run this stage alone.")
+@click.option("--from", "first", metavar="STAGE", help="Start at this stage.")
+@click.option("--until", "last", metavar="STAGE", help="Stop after this stage.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@JSON
+def run(
+    recipe: str,
+    store_folder: Path | None,
+    overrides: tuple[str, ...],
+    only: str | None,
+    first: str | None,
+    last: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Run RECIPE (a file, or the name of a shipped one): quantize, measure, serve, publish.
+
+    Finished stages are kept: after a kill, the same command goes on where it was.
+    """
+    from quantize.session import Session
+
+    with handle_signals():
+        session = Session.open(recipe, overrides, store_folder, online=not dry_run)
+        if dry_run:
+            show_plan(session, as_json)
+            return 0
+        return session.run(only=only, first=first, last=last, as_json=as_json, write=click.echo)
+
+
+@main.command()
+@click.argument("recipe")
+@STORE
+@SET
+@JSON
+def plan(recipe: str, store_folder: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print the stages of RECIPE, their keys, what is done, and why the rest is not. Offline."""
+    from quantize.session import Session
+
+    show_plan(Session.open(recipe, overrides, store_folder, online=False), as_json)
+
+
+def show_plan(session: Any, as_json: bool) -> None:
+    """Print a session's plan as a table or as JSON."""
+    from quantize.report.tables import plan_json, plan_table, render
+
+    if as_json:
+        click.echo(json.dumps(plan_json(session.plan), indent=1))
+        return
+    click.echo(render(plan_table(session.plan)), nl=False)
+    for note in session.plan.notes:
+        click.echo(f"note: {note}")
+
+
+@main.command()
+@click.argument("recipe", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every environment.")
+def setup(recipe: str | None, everything: bool) -> None:
+    """Install the environments that RECIPE needs (or --all). `run` does it on first use."""
+    from quantize.session import install
+
+    if bool(recipe) == everything:
+        raise UsageError("name a recipe, or --all", "quantize setup tiny-llama-awq")
+    with handle_signals():
+        for line in install(recipe, click.echo):
+            click.echo(line)
+
+
+@main.group()
+def env() -> None:
+    """The tools' environments."""
+
+
+@env.command("list")
+def env_list() -> None:
+    """List the environments: purpose, lock, where it is, whether it is installed."""
+    from quantize.report.tables import environments_table, render
+    from quantize.session import environments
+
+    click.echo(render(environments_table(environments())), nl=False)
+
+
+@env.command("doctor")
+def env_doctor() -> int:
+    """Import in every installed environment what it is for; exit 4 when one is broken."""
+    from quantize.session import doctor
+
+    broken = 0
+    for name, problem in doctor():
+        click.echo(f"{name}: {problem or 'works'}")
+        broken += bool(problem)
+    return 4 if broken else 0
+
+
+@main.group()
+def store() -> None:
+    """The finished artifacts."""
+
+
+@store.command("ls")
+@STORE
+@JSON
+def store_ls(store_folder: Path | None, as_json: bool) -> None:
+    """List the artifacts: stage, key, recipe, size, age."""
+    from quantize.report.tables import artifacts_json, artifacts_table, render
+    from quantize.session import open_store
+
+    artifacts = list(open_store(store_folder).artifacts())
+    if as_json:
+        click.echo(json.dumps(artifacts_json(artifacts), indent=1))
+    else:
+        click.echo(render(artifacts_table(artifacts)), nl=False)
+
+
+@store.command("verify")
+@STORE
+def store_verify(store_folder: Path | None) -> int:
+    """Hash every file of every artifact; exit 3 when something differs from its manifest."""
+    from quantize.session import open_store
+
+    damaged = 0
+    count = 0
+    for artifact in open_store(store_folder).artifacts():
+        count += 1
+        for problem in artifact.damage(hash_files=True):
+            damaged += 1
+            click.echo(f"{artifact.path}: {problem}")
+    click.echo(f"{count} artifacts verified, {damaged} problems")
+    return 3 if damaged else 0
+
+
+@store.command("gc")
+@STORE
+@click.option("--keep", "recipes", multiple=True, metavar="RECIPE", help="Keep what it uses.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def store_gc(store_folder: Path | None, recipes: tuple[str, ...], dry_run: bool) -> None:
+    """Remove leftovers of killed runs, and with --keep every artifact that no RECIPE uses."""
+    from quantize.report.tables import size
+    from quantize.session import collect_garbage
+
+    total = 0
+    for path, count in collect_garbage(store_folder, recipes, dry_run=dry_run):
+        total += count
+        click.echo(f"{'would remove' if dry_run else 'removed'} {path} ({size(count)})")
+    click.echo(f"{size(total)} {'would be freed' if dry_run else 'freed'}")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from quantize.recipe import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@main.command()
+@click.argument("source")
+@click.option(
+    "--method", default="awq", show_default=True, help="awq, gptq, awq+gptq, rtn, fp8, int8"
+)
+@click.option("--name", help="Name of the recipe  [default: from the source and the method]")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File.")
+def init(source: str, method: str, name: str | None, output: Path | None) -> None:
+    """Write a commented recipe for SOURCE, a checkpoint folder or a Hub repository."""
+    from quantize.initialize import initial_recipe
+
+    text = initial_recipe(source, method, name)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    if output.exists():
+        raise UsageError(f"{output} exists", "choose another --output, or remove the file")
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {output}; next: quantize plan {output}")
+
+
+class handle_signals:
+    """SIGINT, SIGTERM and SIGUSR1 raise Interrupted once; a second one ends at once.
+
+    The children die with us either way: their supervisors get a signal when we are gone.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __enter__(self) -> None:
+        self._before: list[Any] = [signal.signal(number, self._first) for number in self.NUMBERS]
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self.NUMBERS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _first(self, number: int, _frame: FrameType | None) -> None:
+        for other in self.NUMBERS:
+            signal.signal(other, self._second)
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name}; what was finished is kept",
+            "run the same command again to go on",
+        )
+
+    @staticmethod
+    def _second(_number: int, _frame: FrameType | None) -> None:
+        os._exit(Interrupted.exit_code)
+

@@ -1,0 +1,122 @@
+"""Recipe + stages → plan. Pure: nothing is written, started or downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+from quantize.keys import difference, digest
+from quantize.plan import Plan, StageEntry
+from quantize.stages import audit, calibrate, card, compare, compress, fetch, measure, publish
+from quantize.stages.base import Resolved, Stage
+from quantize.store import Manifest, Store
+
+STAGES: dict[str, Stage] = {
+    kind: cast(Stage, module)
+    for kind, module in (
+        ("fetch", fetch),
+        ("calibrate", calibrate),
+        ("compress", compress),
+        ("audit", audit),
+        ("measure", measure),
+        ("compare", compare),
+        ("card", card),
+        ("publish", publish),
+    )
+}
+
+
+def plan(resolved: Resolved, lock_digest: Callable[[str], str]) -> Plan:
+    """Every stage with its key; `lock_digest` identifies an environment's contents."""
+    entries: dict[str, StageEntry] = {}
+    for stage_id, kind, inputs in _graph(resolved):
+        entries[stage_id] = _entry(stage_id, kind, inputs, entries, resolved, lock_digest)
+    notes = []
+    if "measure-candidate" in entries and (reason := measure.unservable(resolved)):
+        notes.append(f"measure-candidate: the result is not served here: {reason}")
+    return Plan(resolved.recipe.name, resolved.accelerator, tuple(entries.values()), tuple(notes))
+
+
+def with_status(plan: Plan, store: Store) -> Plan:
+    """The same plan with what is in the store, and why the rest is not."""
+    stages = []
+    for entry in plan.stages:
+        if entry.key is None:
+            stages.append(replace(entry, status="pending"))
+        elif store.get(entry.kind, entry.key) is not None:
+            stages.append(replace(entry, status="done", reason="in the store"))
+        else:
+            status, reason = _why_missing(entry, plan.recipe_name, store)
+            stages.append(replace(entry, status=status, reason=reason))  # type: ignore[arg-type]
+    return replace(plan, stages=tuple(stages))
+
+
+def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
+    """(id, kind, inputs by role) of every stage, in order."""
+    recipe = resolved.recipe
+    fetched = {"fetch": "fetch"}
+    graph: list[tuple[str, str, dict[str, str]]] = [("fetch", "fetch", {})]
+    calibrated: dict[str, str] = {}
+    if recipe.quantize.needs_calibration:
+        graph.append(("calibrate", "calibrate", fetched))
+        calibrated = {"calibrate": "calibrate"}
+    graph.append(("compress", "compress", fetched | calibrated))
+    made = fetched | {"compress": "compress"}
+    graph.append(("audit", "audit", made))
+    made = made | {"audit": "audit"}
+    measured: dict[str, str] = {}
+    if resolved.suite is not None:
+        graph.append(("measure-baseline", "measure", fetched | {"model": "fetch"}))
+        graph.append(("measure-candidate", "measure", fetched | {"model": "compress"}))
+        measured = {"baseline": "measure-baseline", "candidate": "measure-candidate"}
+        graph.append(("compare", "compare", made | measured))
+        measured = measured | {"compare": "compare"}
+    graph.append(("card", "card", made | calibrated | measured))
+    if recipe.publish.folder is not None or recipe.publish.hub is not None:
+        inputs = {"fetch": "fetch", "compress": "compress", "audit": "audit", "card": "card"}
+        graph.append(("publish", "publish", inputs))
+    return graph
+
+
+def _entry(
+    stage_id: str,
+    kind: str,
+    inputs: dict[str, str],
+    entries: dict[str, StageEntry],
+    resolved: Resolved,
+    lock_digest: Callable[[str], str],
+) -> StageEntry:
+    stage = STAGES[kind]
+    environments = stage.environments(resolved, stage_id)
+    entry = StageEntry(stage_id, kind, None, {}, inputs, environments)
+    waiting = [name for name in inputs.values() if entries[name].key is None]
+    if waiting:
+        return replace(entry, reason=f"its key is known after {', '.join(sorted(set(waiting)))}")
+    try:
+        own = stage.key_inputs(resolved, stage_id)
+    except KeyError as missing:
+        return replace(entry, reason=f"its key is known when {missing.args[0]} is resolved")
+    key_inputs = {
+        "stage": kind,
+        "code": stage.VERSION,
+        "inputs": {role: entries[name].key for role, name in sorted(inputs.items())},
+        "locks": {name: lock_digest(name) for name in environments},
+        "with": own,
+    }
+    return replace(entry, key=digest(key_inputs), key_inputs=key_inputs)
+
+
+def _why_missing(entry: StageEntry, recipe_name: str, store: Store) -> tuple[str, str]:
+    """`changed` with what differs from this recipe's nearest earlier result, or `missing`."""
+    earlier = [m for m in store.manifests(entry.kind) if m.recipe == recipe_name]
+    if not earlier:
+        return "missing", "not made yet"
+    changes = min((_changes(manifest, entry) for manifest in earlier), key=len)
+    shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    return "changed", shown
+
+
+def _changes(manifest: Manifest, entry: StageEntry) -> list[str]:
+    changes = difference(manifest.key_inputs, entry.key_inputs)
+    return [change.removeprefix("with.") for change in changes]

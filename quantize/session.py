@@ -1,0 +1,241 @@
+"""What the commands do, without printing: recipe → resolved → plan → run folder → outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.environments import (
+    ENVIRONMENTS,
+    Environments,
+    accelerator,
+    cache_folder,
+)
+from quantize.errors import QuantizeError
+from quantize.execute import Outcome, execute, places, select
+from quantize.plan import Plan
+from quantize.planner import plan, with_status
+from quantize.preflight import preflight
+from quantize.progress import BarView, LineView, Progress, View
+from quantize.protocol import write_json
+from quantize.recipe_file import load_recipe
+from quantize.resolve import PLAN_HASH_LIMIT_BYTES, resolve
+from quantize.resources import find_recipe
+from quantize.runner import Runner
+from quantize.stages.base import Resolved
+from quantize.store import Store
+
+Write = Callable[[str], None]
+
+
+def open_store(folder: Path | None) -> Store:
+    """The store at `folder`, or the user's own."""
+    return Store((folder or cache_folder() / "store").absolute())
+
+
+@dataclass
+class Session:
+    """One recipe on one machine with one store."""
+
+    resolved: Resolved
+    environments: Environments
+    store: Store
+    plan: Plan
+
+    @classmethod
+    def open(
+        cls, recipe: str, overrides: Sequence[str], store_folder: Path | None, *, online: bool
+    ) -> Session:
+        """Read everything that the plan depends on; nothing is written but a cache of hashes."""
+        path = find_recipe(recipe)
+        parsed = load_recipe(path, overrides)
+        here = accelerator()
+        resolved = resolve(
+            parsed,
+            path,
+            here,
+            online=online,
+            cache_path=cache_folder() / "hashes.json",
+            hash_limit_bytes=None if online else PLAN_HASH_LIMIT_BYTES,
+        )
+        own = {name: Path(given.python) for name, given in parsed.environments.items()}
+        environments = Environments(here, cache_folder(), {str(k): v for k, v in own.items()})
+        store = open_store(store_folder)
+        made = with_status(plan(resolved, environments.lock_digest), store)
+        return cls(resolved, environments, store, made)
+
+    def run(
+        self, *, only: str | None, first: str | None, last: str | None, as_json: bool, write: Write
+    ) -> int:
+        """Run the selected stages; `result.json` and the end of the terminal say what became."""
+        selected = select(self.plan, only, first, last)
+        started = time.monotonic()
+        folder = self._run_folder()
+        progress = Progress(_view(as_json, write), folder / "status.json")
+        runner = Runner(self.environments, folder / "logs", progress)
+        outcome = Outcome()
+        try:
+            if not as_json:
+                for note in self.plan.notes:
+                    progress.note(f"note: {note}")
+            preflight(self.resolved, self.store.root)
+            execute(self.plan, self.resolved, self.store, runner, selected, outcome)
+        except BaseException as error:
+            progress.finish("failed")
+            self._finish(folder, outcome, runner, started, error, as_json, write)
+            raise
+        progress.finish("done")
+        self._finish(folder, outcome, runner, started, None, as_json, write)
+        return 0
+
+    def _run_folder(self) -> Path:
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        folder = (
+            self.store.root / ".runs" / f"{self.plan.recipe_name}-{stamp}-{time.time_ns() % 997}"
+        )
+        (folder / "logs").mkdir(parents=True)
+        return folder
+
+    def _finish(
+        self,
+        folder: Path,
+        outcome: Outcome,
+        runner: Runner,
+        started: float,
+        error: BaseException | None,
+        as_json: bool,
+        write: Write,
+    ) -> None:
+        """Write `result.json`; show the table (also after a failed margin)."""
+        from quantize.report.summary import summary_json
+
+        seconds = time.monotonic() - started
+        tools = sum(runner.tool_seconds.values())
+        where = places(outcome, folder)
+        failed = error if isinstance(error, QuantizeError) else None
+        result: dict[str, Any] = {
+            "recipe": self.plan.recipe_name,
+            "exit_code": failed.exit_code if failed else (0 if error is None else 1),
+            "seconds": {
+                "total": round(seconds, 3),
+                "tools": {name: round(value, 3) for name, value in runner.tool_seconds.items()},
+                "own": round(seconds - tools, 3),
+            },
+            "stages": [asdict(stage) for stage in outcome.stages],
+            "places": where,
+        }
+        if error is not None:
+            result["error"] = {
+                "kind": type(error).__name__,
+                "message": str(error),
+                "hint": failed.hint if failed else "",
+            }
+        if "card" in outcome.artifacts:
+            result["summary"] = summary_json(outcome.artifacts["card"].json("record.json"), where)
+        write_json(folder / "result.json", result)
+        if as_json:
+            import json
+
+            write(json.dumps(result, indent=1, ensure_ascii=False))
+        else:
+            self._show(outcome, where, result, write)
+
+    def _show(
+        self, outcome: Outcome, where: dict[str, str], result: dict[str, Any], write: Write
+    ) -> None:
+        from quantize.report.summary import summary_table
+        from quantize.report.tables import render
+
+        if "card" in outcome.artifacts:
+            record = outcome.artifacts["card"].json("record.json")
+            write(render(summary_table(record, where)))
+        if "error" in result:
+            return
+        hits = sum(1 for stage in outcome.stages if stage.state == "hit")
+        if not outcome.ran:
+            write(f"nothing to do: all {hits} stages were done already")
+        else:
+            total, own = result["seconds"]["total"], result["seconds"]["own"]
+            write(
+                f"done in {total:.0f} s ({own:.1f} s of it our own): "
+                f"{len(outcome.ran)} stages ran, {hits} were done already"
+            )
+
+
+def environments() -> Environments:
+    """The environments of this machine, without a recipe's overrides."""
+    return Environments(accelerator(), cache_folder())
+
+
+def install(recipe: str | None, write: Write) -> Iterator[str]:
+    """Install what a recipe needs, or everything; yields a line an environment."""
+    if recipe is None:
+        installed, names = environments(), sorted(ENVIRONMENTS)
+    else:
+        session = Session.open(recipe, (), None, online=False)
+        installed = session.environments
+        names = sorted({name for entry in session.plan.stages for name in entry.environments})
+    log = cache_folder() / "logs" / "environments.log"
+    progress = Progress(_view(False, write))
+    try:
+        for name in names:
+            ready = installed.installed(name)
+            python = installed.install(name, progress, log)
+            yield f"{name}: {'was ready' if ready else 'installed'}: {python}"
+    finally:
+        progress.view.close()
+
+
+def doctor() -> Iterator[tuple[str, str]]:
+    """(environment, what is wrong with it) for every environment of this machine."""
+    here = environments()
+    log = cache_folder() / "logs" / "doctor.log"
+    for name, environment in sorted(ENVIRONMENTS.items()):
+        if not here.installed(name):
+            yield name, ""
+            continue
+        yield name, here.health_of(environment, here.python(name), log)
+
+
+def collect_garbage(
+    folder: Path | None, recipes: Sequence[str], *, dry_run: bool
+) -> Iterator[tuple[Path, int]]:
+    """Remove leftovers, and artifacts that none of `recipes` uses if any is given."""
+    store = open_store(folder)
+    doomed = store.leftovers()
+    if recipes:
+        used = {
+            (entry.kind, entry.key)
+            for recipe in recipes
+            for entry in Session.open(recipe, (), folder, online=True).plan.stages
+        }
+        doomed += [
+            artifact.path
+            for artifact in store.artifacts()
+            if (artifact.manifest.kind, artifact.manifest.key) not in used
+        ]
+    for path in doomed:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if not dry_run:
+            shutil.rmtree(path)
+        yield path, size
+
+
+def _view(as_json: bool, write: Write) -> View:
+    """Bars where a person looks on, lines in a log; with --json standard output stays clean."""
+    if sys.stderr.isatty() and not as_json:
+        from rich.console import Console
+
+        return BarView(Console(stderr=True))
+
+    def to_stderr(line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=sys.stderr, flush=True)
+
+    return LineView(to_stderr)

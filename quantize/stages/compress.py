@@ -1,0 +1,77 @@
+"""Quantize: llm-compressor in its environment, on the calibrate stage's token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantize.checkpoint import model_folder
+from quantize.model_files import TOKENIZER_FILES, any_match, checkpoint_files
+from quantize.protocol import write_json
+from quantize.stages.base import Resolved, StageContext
+
+VERSION = 1
+
+VERBATIM = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json", "LICENSE*")
+"""Taken over from the source byte by byte: libraries rewrite these when they save."""
+
+
+def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
+    """The engine's environment."""
+    return ("llmcompressor",)
+
+
+def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
+    """The quantize block with its defaults filled in, without options the method does not read."""
+    quantize = resolved.recipe.quantize
+    inputs: dict[str, Any] = {
+        "method": quantize.method,
+        "scheme": quantize.effective_scheme,
+        "group_size": quantize.effective_group_size,
+        "ignore": list(quantize.ignore),
+        "engine": quantize.engine,
+    }
+    if "gptq" in quantize.method or quantize.method == "int8":
+        inputs["dampening"] = quantize.dampening
+        inputs["activation_order"] = quantize.activation_order
+    return inputs
+
+
+def run(context: StageContext) -> None:
+    """Run the worker; write the checkpoint into `model/` and what was done into `compress.json`."""
+    quantize = context.recipe.quantize
+    source = model_folder(context.inputs["fetch"])
+    output = context.files / "model"
+    output.mkdir()
+    tokens = None
+    if quantize.needs_calibration:
+        tokens = str(context.inputs["calibrate"].file("tokens.npz"))
+    request = {
+        "method": quantize.method,
+        "scheme": quantize.effective_scheme,
+        "group_size": quantize.effective_group_size,
+        "ignore": list(quantize.ignore),
+        "dampening": quantize.dampening,
+        "activation_order": quantize.activation_order,
+    }
+    copied = [name for name in checkpoint_files(source) if any_match(name, VERBATIM)]
+    result = context.runner.worker(
+        "llmcompressor",
+        "compress",
+        request | {"model": str(source), "output": str(output), "tokens": tokens, "copy": copied},
+        work=context.work,
+        label="compress",
+        env={"HF_HUB_OFFLINE": "1"},
+    )
+    context.versions.update(result["versions"])
+    write_json(
+        context.files / "compress.json",
+        request
+        | {
+            "engine": quantize.engine,
+            "calibrated": tokens is not None,
+            "quantized": result["quantized"],
+            "seconds": result["seconds"],
+            "peak_memory_bytes": result["peak_memory_bytes"],
+            "versions": result["versions"],
+        },
+    )
