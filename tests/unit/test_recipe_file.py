@@ -412,7 +412,23 @@ def keys_of(properties: dict[str, Any], definitions: dict[str, Any], prefix: str
 
 
 @pytest.mark.parametrize(
-    "value", "5 -1 0.5 true null [] [1] {} {a:1} abc [[]] [{}] '' {python:{}}".split()
+    "value",
+    [
+        "5",
+        "-1",
+        "0.5",
+        "true",
+        "null",
+        "[]",
+        "[1]",
+        "{}",
+        "{a:1}",
+        "abc",
+        "[[]]",
+        "[{}]",
+        "''",
+        "{python:{}}",
+    ],
 )
 def test_every_key_with_every_kind_of_value(tmp_path: Path, value: str) -> None:
     path = write(tmp_path, VALID)
