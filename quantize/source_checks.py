@@ -1,0 +1,251 @@
+"""Does a checkpoint fit what a recipe does with it? Shapes and files only, no weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantize.checkpoint import (
+    LAYER,
+    Checkpoint,
+    examine,
+    matches,
+    module_name,
+)
+from quantize.errors import SourceError
+from quantize.findings import Finding
+from quantize.formats import BLOCK, WeightFormat, layout_bytes, weight_format
+from quantize.model_files import read_json_object
+from quantize.recipe import Recipe
+from quantize.tensors import TensorInfo, read_header
+
+ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|w2|wo)$")
+"""Linears whose input is split over the ranks of tensor parallelism; others split their output."""
+
+JOINED = re.compile(r"\.(q_proj|k_proj|gate_proj)$")
+"""Linears that vLLM joins with the next: FP8 blocks must not straddle the seam."""
+
+USUAL_GROUPS = (32, 64, 128)
+
+
+def check_checkpoint(folder: Path, recipe: Recipe) -> list[Finding]:
+    """All that is wrong with a checkpoint folder, on its own and for this recipe."""
+    checkpoint, findings = examine(folder)
+    return findings if checkpoint is None else check_source(checkpoint, recipe)
+
+
+def check_source(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
+    """What the recipe asks for and this checkpoint's shapes do not allow."""
+    findings = _check_ignore(checkpoint, recipe.quantize.ignore)
+    if any(not _valid(entry) for entry in recipe.quantize.ignore):
+        return findings
+    ignore = recipe.quantize.ignore
+    chosen = [i for i in checkpoint.linears() if not matches(module_name(i.name), ignore)]
+    if not chosen:
+        findings.append(
+            Finding(
+                f"nothing to quantize: ignore covers all {len(checkpoint.linears())} linears",
+                "shorten quantize.ignore",
+            )
+        )
+    if checkpoint.tied_embeddings and not matches("lm_head", ignore):
+        findings.append(
+            Finding(
+                "lm_head shares its weight with the embedding and cannot be quantized alone",
+                "add lm_head to quantize.ignore",
+            )
+        )
+    form = weight_format(recipe.quantize)
+    findings += _check_groups(chosen, form)
+    findings += _check_blocks(chosen, form)
+    for size in sorted({recipe.serve.tensor_parallel_size, *recipe.serve.tensor_parallel_sizes}):
+        findings += _check_tensor_parallel(checkpoint, chosen, form, size)
+    return findings + _check_lengths(checkpoint, recipe)
+
+
+def check_adapter(folder: Path) -> list[Finding]:
+    """What keeps a local LoRA adapter from being merged."""
+    config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_path.is_file():
+        hint = "model.adapter must be a folder that peft's save_pretrained wrote"
+        return [Finding(f"no adapter_config.json in {folder}", hint)]
+    try:
+        config = read_json_object(config_path)
+    except SourceError as error:
+        return [Finding.of(error)]
+    findings = []
+    if config.get("peft_type") != "LORA":
+        findings.append(
+            Finding(
+                f"the adapter in {folder} is of type {config.get('peft_type')}, not LORA",
+                "merge it with the tool that trained it, and name the result in model.source",
+            )
+        )
+    if weights.is_file():
+        try:
+            read_header(weights)
+        except SourceError as error:
+            findings.append(Finding.of(error))
+    elif (folder / "adapter_model.bin").is_file():
+        findings.append(
+            Finding(
+                f"the adapter in {folder} holds only pickled weights (adapter_model.bin)",
+                "save it again with peft's save_pretrained, which writes safetensors",
+            )
+        )
+    else:
+        findings.append(Finding(f"no adapter_model.safetensors in {folder}", "copy it there"))
+    return findings
+
+
+def promised_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Bytes of the artifact's tensors: quantized ones by their format, the others as they are."""
+    form, ignore = weight_format(recipe.quantize), recipe.quantize.ignore
+    chosen = {i.name for i in checkpoint.linears() if not matches(module_name(i.name), ignore)}
+    return sum(
+        layout_bytes(form.layout(info.shape, "BF16")) if name in chosen else info.bytes
+        for name, info in checkpoint.tensors.items()
+    )
+
+
+def _valid(entry: str) -> bool:
+    try:
+        re.compile(entry.removeprefix("re:"))
+    except re.error:
+        return not entry.startswith("re:")
+    return True
+
+
+def _check_ignore(checkpoint: Checkpoint, ignore: Sequence[str]) -> list[Finding]:
+    """A misspelt entry would quantize what its author wanted to keep."""
+    modules = [module_name(info.name) for info in checkpoint.linears()]
+    findings = []
+    for entry in ignore:
+        if not _valid(entry):
+            findings.append(
+                Finding(f"quantize.ignore: {entry!r} is not a regular expression", "correct it")
+            )
+        elif entry != "lm_head" and not any(matches(module, [entry]) for module in modules):
+            findings.append(
+                Finding(
+                    f"quantize.ignore: {entry!r} matches none of the {len(modules)} linears",
+                    f"names look like {modules[0] if modules else 'model.layers.0.mlp.up_proj'}; "
+                    "correct the entry or remove it",
+                )
+            )
+    return findings
+
+
+def _check_groups(chosen: Sequence[TensorInfo], form: WeightFormat) -> list[Finding]:
+    """llm-compressor (`group_size_validation.py`): the input must be a whole number of groups."""
+    size = form.group_size
+    bad = [info for info in chosen if size is not None and info.shape[1] % size]
+    if not bad or size is None:
+        return []
+    fitting = [g for g in USUAL_GROUPS if all(info.shape[1] % g == 0 for info in chosen)]
+    hint = (
+        f"set quantize.group_size to {' or '.join(map(str, fitting))}"
+        if fitting
+        else ("add these modules to quantize.ignore, or take a scheme without groups (FP8_DYNAMIC)")
+    )
+    columns = sorted({info.shape[1] for info in bad})
+    return [
+        Finding(
+            f"group size {size} does not divide the input dimension of {_named(bad)}"
+            + (f" (dimensions {', '.join(map(str, columns))})" if len(columns) > 1 else ""),
+            hint,
+        )
+    ]
+
+
+def _check_blocks(chosen: Sequence[TensorInfo], form: WeightFormat) -> list[Finding]:
+    """FP8 blocks of 128 x 128: compressed-tensors pads rows, vLLM does not pad what it joins.
+
+    Activations are quantized in groups of 128 inputs (`fp8_utils.py`, per_token_group_quant_fp8),
+    so inputs must divide; joined outputs must, too (validate_fp8_block_shape).
+    """
+    if form.strategy != "block":
+        return []
+    bad = [
+        info
+        for info in chosen
+        if info.shape[1] % BLOCK
+        or (JOINED.search(module_name(info.name)) and info.shape[0] % BLOCK)
+    ]
+    if not bad:
+        return []
+    return [
+        Finding(
+            f"FP8_BLOCK needs dimensions divisible by {BLOCK}, unlike {_named(bad)}",
+            "use scheme FP8_DYNAMIC, or add these modules to quantize.ignore",
+        )
+    ]
+
+
+def _check_tensor_parallel(
+    checkpoint: Checkpoint, chosen: Sequence[TensorInfo], form: WeightFormat, size: int
+) -> list[Finding]:
+    """Heads, outputs and groups must split evenly over `size` GPUs."""
+    if size == 1:
+        return []
+    faults = []
+    heads = checkpoint.dimension("num_attention_heads")
+    if heads is not None and heads % size:
+        faults.append(f"{heads} attention heads")
+    kv_heads = checkpoint.dimension("num_key_value_heads")
+    if kv_heads is not None and kv_heads % size and size % kv_heads:
+        faults.append(f"{kv_heads} key-value heads")
+    block = BLOCK if form.strategy == "block" else 1
+    for info in chosen:
+        module = module_name(info.name)
+        if not LAYER.search(info.name):
+            continue
+        if ROW_PARALLEL.search(module):
+            unit = form.group_size or block
+            if info.shape[1] % (size * unit):
+                what = f"{unit} inputs each" if unit > 1 else "one input each"
+                faults.append(f"{module} with {info.shape[1]} inputs (shares of {what})")
+        elif not module.endswith(("k_proj", "v_proj")) and info.shape[0] % (size * block):
+            faults.append(f"{module} with {info.shape[0]} outputs")
+    if not faults:
+        return []
+    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return [
+        Finding(
+            f"tensor parallel size {size} does not split {'; '.join(faults[:3])}{more}",
+            f"remove {size} from serve.tensor_parallel_sizes, or take a smaller group size",
+        )
+    ]
+
+
+def _check_lengths(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
+    """Lengths beyond the trained positions; rope scaling by a factor is left to the server."""
+    limit = checkpoint.dimension("max_position_embeddings")
+    if limit is None or _scales_rope(checkpoint.text_config):
+        return []
+    asked = {"serve.max_model_len": recipe.serve.max_model_len}
+    if recipe.calibration is not None and recipe.quantize.needs_calibration:
+        asked["calibration.sequence_length"] = recipe.calibration.sequence_length
+    return [
+        Finding(
+            f"{key} is {value}, the checkpoint has {limit} positions (max_position_embeddings)",
+            f"set {key} to {limit} or less",
+        )
+        for key, value in asked.items()
+        if value is not None and value > limit
+    ]
+
+
+def _scales_rope(config: dict[str, Any]) -> bool:
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key)
+        if isinstance(rope, dict) and rope.get("factor") is not None:
+            return True
+    return False
+
+
+def _named(infos: Sequence[TensorInfo]) -> str:
+    first = f"{infos[0].name} {list(infos[0].shape)}"
+    return first + (f" and {len(infos) - 1} more tensors" if infos[1:] else "")

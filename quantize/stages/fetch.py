@@ -1,0 +1,238 @@
+"""Fetch: the checkpoint that everything else starts from, pinned and hashed.
+
+A local folder is referenced in place, a Hub repository is downloaded into `model/`, and a base
+with a LoRA adapter is merged in BF16 into `model/`. Writes `source.json`::
+
+    {"kind": "folder" | "hub" | "merged", "folder": absolute path or "model",
+     "repo", "commit",                    # Hub only
+     "adapter": {"source", "commit"},     # merged only; commit on the Hub only
+     "files": [{"name", "bytes", "sha256"}],
+     "parameters": int, "weight_bytes": int, "architecture": str, "tied_embeddings": bool,
+     "license", "languages", "base_model",  # as the source's card says, where it does
+     "chat_template": bool}
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quantize.checkpoint import Checkpoint, card_metadata, chat_template, read_checkpoint
+from quantize.errors import ResourceError, SourceError
+from quantize.findings import raise_findings
+from quantize.keys import digest, file_sha256, tree_sha256
+from quantize.model_files import (
+    CHECKPOINT_FILES,
+    FOREIGN_WEIGHTS,
+    PICKLED,
+    TOKENIZER_FILES,
+    any_match,
+    checkpoint_files,
+)
+from quantize.protocol import write_json
+from quantize.source_checks import check_adapter, check_checkpoint
+from quantize.stages.base import Resolved, StageContext
+from quantize.store import Artifact, FileEntry
+
+VERSION = 1
+
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *TOKENIZER_FILES,
+    "generation_config.json",
+)
+TAKEN_FROM_ADAPTER = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
+    """Merging needs peft, which comes with llm-compressor."""
+    return ("llmcompressor",) if resolved.recipe.model.adapter is not None else ()
+
+
+def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
+    """The contents of the checkpoint, and of the adapter with the tokenizer it brings."""
+    inputs: dict[str, Any] = {"model": resolved.digests["model"]}
+    if resolved.recipe.model.adapter is not None:
+        inputs["adapter"] = resolved.digests["adapter"]
+        folder = resolved.paths.get("adapter")
+        if folder is not None:  # a Hub adapter's commit covers these
+            names = [name for name in TAKEN_FROM_ADAPTER if (folder / name).is_file()]
+            inputs["adapter_tokenizer"] = tree_sha256(folder, names)
+    return inputs
+
+
+def stale(resolved: Resolved, artifact: Artifact) -> str | None:
+    """The same contents in another folder have the same key, but are read from that folder."""
+    source = artifact.json("source.json")
+    path = resolved.paths.get("model")
+    if source["kind"] != "folder" or path is None or source["folder"] == str(path.absolute()):
+        return None
+    return f"the checkpoint is now in {path}"
+
+
+def run(context: StageContext) -> None:
+    """Bring the checkpoint here, check it for this recipe, write `source.json`."""
+    model = context.recipe.model
+    source: dict[str, Any] = {}
+    if "model" in context.resolved.paths:
+        folder = context.resolved.paths["model"].absolute()
+        source = {"kind": "folder", "folder": str(folder)}
+    else:
+        folder = _download(context, "model", context.work / "model", CHECKPOINT_FILES)
+        repo, _, commit = context.resolved.digests["model"].rpartition("@")
+        source = {"kind": "hub", "folder": "model", "repo": repo, "commit": commit}
+    raise_findings(check_checkpoint(folder, context.recipe))
+    entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
+    _unchanged(context, folder, entries)
+    if model.adapter is not None:
+        card = card_metadata(folder)
+        adapter = _merge(context, folder)
+        source |= {"kind": "merged", "folder": "model", "adapter": adapter}
+        folder = context.files / "model"
+        raise_findings(check_checkpoint(folder, context.recipe))
+        entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
+    else:
+        card = card_metadata(folder)
+        if source["kind"] == "hub":
+            os.replace(folder, context.files / "model")
+            folder = context.files / "model"
+    write_json(
+        context.files / "source.json",
+        source | _facts(read_checkpoint(folder), card) | {"files": [asdict(e) for e in entries]},
+    )
+
+
+def hash_files(
+    folder: Path, names: Sequence[str], report: Callable[[str, float, float, str], None]
+) -> list[FileEntry]:
+    """Size and sha256 of each file; `report` is told of GB hashed."""
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    total, done, entries = sum(sizes.values()), 0, []
+    for name, size in sizes.items():
+        report("hashing the checkpoint", done / 1e9, total / 1e9, "GB")
+        entries.append(FileEntry(name, size, file_sha256(folder / name)))
+        done += size
+    return entries
+
+
+def _facts(checkpoint: Checkpoint, card: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "parameters": checkpoint.parameters,
+        "weight_bytes": checkpoint.weight_bytes,
+        "architecture": checkpoint.architecture,
+        "tied_embeddings": checkpoint.tied_embeddings,
+        "license": card.get("license"),
+        "languages": _texts(card.get("language")),
+        "base_model": next(iter(_texts(card.get("base_model"))), None),
+        "chat_template": checkpoint.has_chat_template,
+    }
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str) and text]
+
+
+def _unchanged(context: StageContext, folder: Path, entries: Sequence[FileEntry]) -> None:
+    """A local folder must still be what the key was made of."""
+    if "model" not in context.resolved.paths:
+        return  # the download was checked against the Hub's own checksums
+    if digest({entry.name: entry.sha256 for entry in entries}) != context.resolved.digests["model"]:
+        raise SourceError(
+            f"the checkpoint in {folder} changed after the run began",
+            "run the command again once nobody writes there",
+        )
+
+
+def _download(context: StageContext, name: str, folder: Path, patterns: Sequence[str]) -> Path:
+    """The pinned Hub snapshot of `name` (model or adapter) in `folder`, continued after a kill."""
+    from quantize import hub  # imports an HTTP client: only runs that go online pay for it
+
+    repo, _, commit = context.resolved.digests[name].rpartition("@")
+    access = hub.access_from_environment()
+    listed = hub.list_files(access, repo, commit)
+    top = {file: entry for file, entry in listed.items() if "/" not in file}
+    if not any(file.endswith(".safetensors") for file in top):
+        pickled = sorted(file for file in top if any_match(file, PICKLED))
+        what = f"only pickled weights ({pickled[0]}, ...)" if pickled else "no safetensors"
+        raise SourceError(
+            f"{repo} at {commit[:12]} holds {what}",
+            "use a revision or a conversion with safetensors",
+        )
+    needed = sum(entry.bytes for file, entry in top.items() if any_match(file, patterns))
+    free = shutil.disk_usage(context.work).free + sum(
+        path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    )
+    if free < needed:
+        raise ResourceError(
+            f"{repo} takes {needed} bytes ({needed / 1e9:.1f} GB), the store has {free} free",
+            "free some with `quantize store gc`, or name another place with --store",
+        )
+    hub.download_snapshot(
+        access,
+        repo,
+        commit,
+        folder,
+        patterns=patterns,
+        ignore=FOREIGN_WEIGHTS,
+        on_progress=lambda done, total: context.runner.progress.step(
+            f"downloading {repo}", done / 1e9, total / 1e9, "GB"
+        ),
+    )
+    return folder
+
+
+def _merge(context: StageContext, base: Path) -> dict[str, Any]:
+    """Merge the adapter into `base`, in BF16, as `model/`; where the adapter came from."""
+    adapter: dict[str, Any] = {"source": context.recipe.model.adapter}
+    folder = context.resolved.paths.get("adapter")
+    if folder is None:
+        folder = _download(context, "adapter", context.work / "adapter", ADAPTER_FILES)
+        adapter["commit"] = context.resolved.digests["adapter"].rpartition("@")[2]
+    raise_findings(check_adapter(folder))
+    output = context.files / "model"
+    own_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = folder if own_tokenizer else base
+    result = context.runner.worker(
+        "llmcompressor",
+        "merge",
+        {
+            "base": str(base),
+            "adapter": str(folder.absolute()),
+            "tokenizer": str(tokenizer.absolute()),
+            "output": str(output),
+        },
+        work=context.work,
+        label="merge",
+        env={"HF_HUB_OFFLINE": "1"},
+    )
+    context.versions.update(result["versions"])
+    copy_beside_weights(base, folder, tokenizer, output)
+    return adapter | {"merged_modules": result["modules"]}
+
+
+def copy_beside_weights(base: Path, adapter: Path, tokenizer: Path, output: Path) -> None:
+    """Tokenizer, chat template, generation config, card and licence, as they are.
+
+    The tokenizer is one folder's whole; the chat template is the adapter's where it has one, as
+    that is what it was trained with; the generation config likewise. Card and licence are the
+    base's.
+    """
+    (output / "generation_config.json").unlink(missing_ok=True)  # the library's rewriting of it
+    for name in checkpoint_files(tokenizer):
+        if name in TOKENIZER_FILES:
+            shutil.copyfile(tokenizer / name, output / name)
+    for name in checkpoint_files(base):
+        if any_match(name, ("README.md", "LICENSE*", "preprocessor_config.json")):
+            shutil.copyfile(base / name, output / name)
+    for folder in (base, adapter):
+        if (folder / "generation_config.json").is_file():
+            shutil.copyfile(folder / "generation_config.json", output / "generation_config.json")
+    template = chat_template(adapter) or chat_template(base)
+    if template is not None and template != chat_template(output):
+        (output / "chat_template.jinja").write_text(template, encoding="utf-8")
