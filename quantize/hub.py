@@ -1,0 +1,298 @@
+"""The one place that talks to the Hub: revisions, cards, downloads, permissions.
+
+Pushing is in :mod:`quantize.hub_push`; the client and its errors are in :mod:`quantize.hub_client`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantize.errors import CredentialsError, SourceError, ToolError, TransientError
+from quantize.hub_client import (
+    TRY_AGAIN,
+    Access,
+    access_from_environment,
+    call,
+    client,
+    endpoint,
+)
+from quantize.keys import file_sha256
+from quantize.store import FileEntry
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = [
+    "Access",
+    "CardMetadata",
+    "RemoteFile",
+    "access_from_environment",
+    "card_metadata",
+    "download_snapshot",
+    "endpoint",
+    "git_blob_id",
+    "list_files",
+    "require_write",
+    "resolve_revision",
+]
+
+RepoType = Literal["model", "dataset"]
+OnProgress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all; may be called from another thread."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a commit: `sha256` for large (LFS) files, the git blob id for the others."""
+
+    bytes: int
+    blob_id: str
+    sha256: str | None
+
+    def holds(self, path: Path) -> bool:
+        """Whether the local file has exactly these bytes."""
+        if path.stat().st_size != self.bytes:
+            return False
+        if self.sha256 is not None:
+            return file_sha256(path) == self.sha256
+        return git_blob_id(path) == self.blob_id
+
+
+@dataclass(frozen=True)
+class CardMetadata:
+    """What a repository's card says of itself; None or empty where it says nothing."""
+
+    license: str | None
+    license_name: str | None
+    license_link: str | None
+    languages: tuple[str, ...]
+    base_models: tuple[str, ...]
+
+
+def resolve_revision(
+    access: Access, repo: str, revision: str | None = None, repo_type: RepoType = "model"
+) -> str:
+    """The commit (40 hex digits) that a branch, a tag or nothing (`main`) stands for now."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    api = client(access)
+    name = f"{repo} at {revision}" if revision else repo
+    info = call(
+        access,
+        f"looking up {name}",
+        lambda: api.repo_info(repo, revision=revision, repo_type=repo_type, timeout=60),
+    )
+    if info.sha is None:
+        raise ToolError(f"{access.host} named no commit for {name}", TRY_AGAIN)
+    return str(info.sha)
+
+
+def list_files(
+    access: Access, repo: str, commit: str, repo_type: RepoType = "model"
+) -> dict[str, RemoteFile]:
+    """Every file of a commit by its path."""
+    from huggingface_hub.hf_api import RepoFile
+
+    api = client(access)
+    entries = call(
+        access,
+        f"listing {repo} at {commit[:12]}",
+        lambda: list(
+            api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=repo_type)
+        ),
+    )
+    return {
+        entry.path: RemoteFile(
+            entry.lfs.size if entry.lfs else entry.size,
+            entry.blob_id,
+            entry.lfs.sha256 if entry.lfs else None,
+        )
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+
+
+def card_metadata(access: Access, repo: str, commit: str | None = None) -> CardMetadata:
+    """Licence, languages and base models from the card of a model repository."""
+    api = client(access)
+    info = call(
+        access,
+        f"reading the card of {repo}",
+        lambda: api.model_info(repo, revision=commit, timeout=60),
+    )
+    data: Any = info.card_data
+    card: dict[str, Any] = data.to_dict() if data is not None else {}
+    return CardMetadata(
+        license=_text(card.get("license")),
+        license_name=_text(card.get("license_name")),
+        license_link=_text(card.get("license_link")),
+        languages=_texts(card.get("language")),
+        base_models=_texts(card.get("base_model")),
+    )
+
+
+def download_snapshot(
+    access: Access,
+    repo: str,
+    commit: str,
+    folder: Path,
+    *,
+    patterns: Sequence[str],
+    ignore: Sequence[str] = (),
+    repo_type: RepoType = "model",
+    on_progress: OnProgress | None = None,
+) -> list[FileEntry]:
+    """Bring the files of `commit` that fit `patterns` and not `ignore` into `folder`, verified.
+
+    A pattern without a slash is for files at the root. A download that was killed is continued when
+    `folder` is the same. Files arrive one by one (the client itself downloads one in parallel), and
+    each is compared with the checksum that the Hub lists for it.
+    """
+    names = {
+        name: file
+        for name, file in list_files(access, repo, commit, repo_type).items()
+        if _fits(name, patterns) and not _fits(name, ignore)
+    }
+    if not names:
+        raise SourceError(
+            f"{repo} at {commit[:12]} has none of {', '.join(patterns)}",
+            "name a repository that holds a checkpoint in safetensors",
+        )
+    api = client(access)
+    total = sum(file.bytes for file in names.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    with _Watch(folder, total, on_progress):
+        for name in sorted(names):
+            call(
+                access,
+                f"downloading {name} of {repo}",
+                _download(api, repo, commit, name, folder, repo_type),
+            )
+            if not names[name].holds(folder / name):
+                (folder / name).unlink()
+                raise TransientError(
+                    f"{name} of {repo} arrived with another checksum than the Hub lists", TRY_AGAIN
+                )
+            entries.append(FileEntry(name, names[name].bytes, file_sha256(folder / name)))
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on partial downloads
+    return entries
+
+
+def require_write(access: Access, repo: str) -> str:
+    """The user's name, when the token may write to `repo`'s namespace; else CredentialsError.
+
+    Answers what the Hub says of a token beforehand (role, scopes, organisations). Rules that it
+    does not tell, such as resource groups, are met at the push.
+    """
+    login = "set HF_TOKEN, or run `hf auth login`, with a token that may write"
+    if access.token is None:
+        raise CredentialsError(f"publishing to {repo} needs a token for {access.host}", login)
+    api = client(access)
+    who: dict[str, Any] = call(access, "checking the token", api.whoami)
+    namespace = repo.partition("/")[0]
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise CredentialsError(f"the token may only read, not write to {repo}", login)
+    if token.get("role") == "fineGrained" and not _may_write(token.get("fineGrained"), repo):
+        raise CredentialsError(
+            f"the fine-grained token has no write permission for {repo}",
+            f"give it write access to repositories of {namespace}, or to {repo}",
+        )
+    roles = {who["name"]: "admin"} | {
+        org["name"]: org.get("roleInOrg") or "write" for org in who.get("orgs") or []
+    }
+    if token.get("role") != "fineGrained" and roles.get(namespace, "read") == "read":
+        raise CredentialsError(
+            f"{who['name']} may not write to {namespace}: neither that user nor a writing member",
+            f"publish to {who['name']}/{repo.partition('/')[2]}, or use another token",
+        )
+    return str(who["name"])
+
+
+def _may_write(scopes: Any, repo: str) -> bool:
+    if not isinstance(scopes, dict) or "scoped" not in scopes:
+        return True  # the Hub did not say: the push will
+    names = {repo, repo.partition("/")[0]}
+    return any(
+        scope["entity"].get("name") in names and "repo.write" in scope["permissions"]
+        for scope in scopes["scoped"]
+    )
+
+
+def git_blob_id(path: Path) -> str:
+    r"""The id git gives a file's content: sha1 of ``blob <size>\0`` and the bytes."""
+    content = path.read_bytes()
+    header = b"blob %d\0" % len(content)
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
+
+def _download(
+    api: HfApi, repo: str, commit: str, name: str, folder: Path, repo_type: RepoType
+) -> Callable[[], str]:
+    return lambda: api.hf_hub_download(
+        repo, name, revision=commit, local_dir=folder, repo_type=repo_type
+    )
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(
+        fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
+        for pattern in patterns
+    )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(item for item in values if isinstance(item, str) and item)
+
+
+class _Watch:
+    """Reports the bytes below a folder twice a second, whatever the client downloads with."""
+
+    def __init__(self, folder: Path, total: int, on_progress: OnProgress | None) -> None:
+        self._folder, self._total, self._on_progress = folder, total, on_progress
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._report, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._on_progress is not None:
+            self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if self._on_progress is None:
+            return
+        self._done.set()
+        self._thread.join()
+        if kind is None:
+            self._on_progress(self._total, self._total)
+
+    def _report(self) -> None:
+        assert self._on_progress is not None
+        while not self._done.wait(0.5):
+            present = 0
+            for parent, _, files in os.walk(self._folder):
+                for file in files:
+                    try:
+                        present += Path(parent, file).stat().st_size
+                    except FileNotFoundError:  # renamed by the client meanwhile
+                        continue
+            self._on_progress(min(present, self._total), self._total)
