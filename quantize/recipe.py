@@ -348,9 +348,6 @@ class Prompt(Block):
     prompt: str | None = Field(None, min_length=1, description="The text; or give messages.")
     messages: tuple[Message, ...] = Field((), description="Sent through the chat template.")
     max_tokens: PositiveInt = Field(64, description="Tokens generated at most.")
-    opening: str | None = Field(
-        None, min_length=1, description="long_context: said before the filler, to be remembered."
-    )
     filler: str | None = Field(
         None,
         min_length=1,
@@ -389,8 +386,6 @@ class Prompt(Block):
         long_context = self.kind == "long_context"
         if {self.filler is not None, self.context_tokens is not None} != {long_context}:
             raise ValueError("filler and context_tokens belong to kind long_context, both of them")
-        if self.opening is not None and not long_context:
-            raise ValueError("opening belongs to kind long_context")
         if self.copies is not None and self.kind != "concurrent":
             raise ValueError("copies belongs to kind concurrent")
         return self

@@ -337,7 +337,6 @@ def test_schema_is_current() -> None:
         ("kind: long_context, prompt: x", "filler and context_tokens"),
         ("kind: completion, prompt: x, filler: abc", "filler and context_tokens"),
         ("kind: completion, prompt: x, copies: 8", "copies belongs to"),
-        ("kind: completion, prompt: x, opening: abc", "opening belongs to"),
         ("kind: completion, prompt: x, checks: [not_emtpy]", "did you mean not_empty"),
     ],
 )
