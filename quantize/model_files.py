@@ -186,13 +186,16 @@ def _index_findings(
     extra = sorted(name for name in header if index.get(name) != shard)
     twice = sorted(name for name in header if name in before)
     faults = (
-        (absent, f"{INDEX} promises in {shard}, which lacks them"),
-        (extra, f"are in {shard} but {INDEX} does not put them there"),
-        (twice, f"are in {shard} and in an earlier shard"),
+        ("lacks", absent, f"which {INDEX} puts there"),
+        ("has", extra, f"which {INDEX} does not put there"),
+        ("has", twice, "which an earlier shard has, too"),
     )
     return [
-        Finding(f"{_some(names)} {what}", "download the shard and the index again, from one commit")
-        for names, what in faults
+        Finding(
+            f"{shard} {verb} {_some(names)}, {why}",
+            "download the shards and the index again, from one commit",
+        )
+        for verb, names, why in faults
         if names
     ]
 
