@@ -12,9 +12,10 @@ import numpy as np
 
 from quantize.plan import StageEntry
 from quantize.protocol import write_json
-from quantize.recipe import Recipe
+from quantize.recipe import Margins, Recipe
 from quantize.records import MEASURE_SCHEMA
 from quantize.stages.base import Resolved, StageContext
+from quantize.stages.compare import compare
 from quantize.store import Artifact, Store
 
 VOCABULARY = 32
@@ -259,3 +260,77 @@ def stage_context(
         runner=None,  # type: ignore[arg-type]
         store=store,
     )
+
+
+def card_inputs(
+    store: Store,
+    before: Side,
+    after: Side,
+    *,
+    source: Mapping[str, Any] = {},
+    key: str = "",
+) -> dict[str, Artifact]:
+    """Every artifact that the card stage reads, by role; `source` changes source.json."""
+    weights = [{"name": "model.safetensors", "bytes": before.weight_bytes, "sha256": "d" * 64}]
+    facts = {
+        "kind": "folder",
+        "folder": "/home/someone/checkpoints/instruct",
+        "files": weights,
+        "parameters": 6_000_000,
+        "weight_bytes": before.weight_bytes - 1000,
+        "architecture": "LlamaForCausalLM",
+        "tied_embeddings": False,
+        "license": "apache-2.0",
+        "languages": ["en"],
+        "base_model": None,
+        "chat_template": True,
+    }
+    compress = {
+        "method": "awq",
+        "scheme": "W4A16_ASYM",
+        "group_size": 128,
+        "quantized": ["model.layers.0.mlp.down_proj"],
+        "seconds": 31.2,
+    }
+    audit = {
+        "checks": [{"name": "every tensor", "passed": True, "detail": ""}],
+        "quantized_modules": 28,
+        "kept_modules": ["lm_head"],
+        "bytes": {"source": 1, "artifact": 1, "expected": 1},
+        "size_ratio": 0.35,
+    }
+    calibrate = {
+        "source": "calibration.jsonl",
+        "rows": 200,
+        "rows_used": 128,
+        "sequences": 128,
+        "tokens": 15_321,
+        "sequence_length": 256,
+        "chat_template_applied": True,
+        "seed": 0,
+    }
+    sides = {
+        "baseline": measure_artifact(store, f"b{key}", before),
+        "candidate": measure_artifact(store, f"c{key}", after),
+    }
+    comparison = compare(*sides.values(), Margins(perplexity_ratio=1.05, task_drop=0.03))
+    model = {"model/model.safetensors": bytes(after.weight_bytes), "model/config.json": {}}
+    return sides | {
+        "fetch": artifact(store, "fetch", f"f{key}", {"source.json": {**facts, **source}}),
+        "calibrate": artifact(
+            store,
+            "calibrate",
+            f"l{key}",
+            {"calibrate.json": calibrate, "tokens.npz": b"tokens"},
+            key_inputs={"with": {"data": "e" * 64}},
+        ),
+        "compress": artifact(
+            store,
+            "compress",
+            f"q{key}",
+            {"compress.json": compress, **model},
+            versions={"llmcompressor": "0.14.0.1", "torch": "2.13.0"},
+        ),
+        "audit": artifact(store, "audit", f"a{key}", {"audit.json": audit}),
+        "compare": artifact(store, "compare", f"d{key}", {"record.json": comparison}),
+    }

@@ -1,0 +1,143 @@
+"""A card record's numbers as rows of a table: the same rows on the card and on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.records import CompareRecord, MeasureRecord, PerplexityDelta, TaskDelta
+
+Record = Mapping[str, Any]
+"""`record.json` of a card artifact, see :mod:`quantize.stages.card`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; an empty string where a side has no such number."""
+
+    label: str
+    baseline: str
+    candidate: str
+    change: str = ""
+    interval: str = ""  # 95%
+    flips: str = ""  # tasks: documents whose score changed
+    population: str = ""  # what it was measured on
+
+
+def size_rows(record: Record) -> list[Row]:
+    """Bytes of the safetensors files, and bits per parameter of the original model."""
+    size = record["size"]
+    before, after = size["baseline_bytes"], size["candidate_bytes"]
+    bits = [f"{8 * count / size['parameters']:.2f}" for count in (before, after)]
+    return [
+        Row("Weights", bytes_text(before), bytes_text(after), f"×{after / before:.3f}"),
+        Row("Bits/parameter", *bits),
+    ]
+
+
+def quality_rows(compare: CompareRecord) -> list[Row]:
+    """Perplexity, KL divergence, top-1 agreement and every task."""
+    rows = []
+    if "perplexity" in compare:
+        rows.append(_perplexity_row(compare["perplexity"]))
+    if "divergence" in compare:
+        kl = compare["divergence"]
+        tokens = f"{kl['tokens']:,} tokens"
+        population = f"{tokens}, top {kl['top_k']}"
+        agreement = f"{100 * kl['top1_agreement']:.2f}%"
+        rows += [
+            Row("KL divergence, mean (nats)", "", nats(kl["mean"]), population=population),
+            Row("KL divergence, p99 (nats)", "", nats(kl["p99"]), population=population),
+            Row("Top-1 agreement", "", agreement, population=tokens),
+        ]
+    return rows + [_task_row(task) for task in compare["tasks"]]
+
+
+def _perplexity_row(delta: PerplexityDelta) -> Row:
+    return Row(
+        "Perplexity",
+        f"{delta['baseline']:.4f}",
+        f"{delta['candidate']:.4f}",
+        f"×{delta['ratio']:.4f}",
+        f"{delta['ratio_low']:.4f} to {delta['ratio_high']:.4f}",
+        population=f"{delta['scored_tokens']:,} tokens, {delta['documents']:,} documents",
+    )
+
+
+def _task_row(task: TaskDelta) -> Row:
+    direction = "" if task["higher_is_better"] else " (lower is better)"
+    return Row(
+        f"{task['name']}, {task['metric']}{direction}",
+        f"{task['baseline']:.4f}",
+        f"{task['candidate']:.4f}",
+        f"{task['difference']:+.4f}",
+        f"{task['difference_low']:+.4f} to {task['difference_high']:+.4f}",
+        flips=f"{task['lost']:,} worse, {task['gained']:,} better of {task['documents']:,}",
+        population=f"{task['documents']:,} documents",
+    )
+
+
+SERVING = (
+    ("First token, median", "time_to_first_token_ms_median", "{:.1f} ms"),
+    ("First token, p99", "time_to_first_token_ms_p99", "{:.1f} ms"),
+    ("Between tokens, median", "inter_token_latency_ms_median", "{:.1f} ms"),
+    ("Output tokens/s", "output_tokens_per_second", "{:.1f}"),
+    ("Requests/s", "requests_per_second", "{:.2f}"),
+    ("KV cache, tokens", "kv_cache_tokens", "{:,}"),
+)
+"""Label, field of :class:`quantize.records.Serving`, format."""
+
+
+def serving_rows(record: Record) -> list[Row]:
+    """What both servers showed under the suite's load, side by side."""
+    before, after = (record.get(side, {}).get("serving", {}) for side in ("baseline", "candidate"))
+    rows = []
+    for label, field, form in SERVING:
+        cells = [form.format(side[field]) if field in side else "" for side in (before, after)]
+        if any(cells):
+            rows.append(Row(label, cells[0], cells[1]))
+    return rows
+
+
+def smoke_row(record: Record) -> Row | None:
+    """Smoke checks that passed, of how many; None when no side was asked."""
+    cells = []
+    for side in ("baseline", "candidate"):
+        passed, checks = smoke_counts(record.get(side))
+        cells.append(f"{passed} of {checks}" if checks else "")
+    return Row("Smoke checks passed", cells[0], cells[1]) if any(cells) else None
+
+
+def smoke_counts(measured: MeasureRecord | None) -> tuple[int, int]:
+    """Checks passed and checks made, over all smoke prompts of one side."""
+    checks = [check for smoke in measured["smoke"] for check in smoke["checks"]] if measured else []
+    return sum(check["passed"] for check in checks), len(checks)
+
+
+def bytes_text(count: int) -> str:
+    """Decimal units, three significant digits or more: 12.3 MB, 141 GB."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    if unit == "bytes":
+        return f"{count} bytes"
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
+def nats(value: float) -> str:
+    """Five decimals, or two significant ones below 0.0001; zero is 0."""
+    if value == 0:
+        return "0"
+    return f"{value:.5f}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def method_text(record: Record) -> str:
+    """What was done, in one phrase: `awq, W4A16_ASYM, group size 128`."""
+    quantize = record["recipe"]["quantize"]
+    parts = [quantize["method"].upper(), quantize["scheme"]]
+    if "group_size" in quantize:
+        parts.append(f"group size {quantize['group_size']}")
+    return ", ".join(parts)

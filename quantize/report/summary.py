@@ -1,0 +1,123 @@
+"""The end of a run, for a person and for a program: the same numbers as on the card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quantize.report.results import (
+    Record,
+    Row,
+    method_text,
+    quality_rows,
+    serving_rows,
+    size_rows,
+    smoke_counts,
+    smoke_row,
+)
+
+
+def summary_table(record: Record, places: Mapping[str, str]) -> RenderableType:
+    """What a card record says, and where things lie; fits 80 columns.
+
+    `places` maps what a person looks for (artifact, card, record, logs) to its path or address.
+    Nothing from outside is read as rich's markup.
+    """
+    parts: list[RenderableType] = [Text(), _numbers(record)]
+    remarks = _remarks(record)
+    if remarks:
+        parts += [Text(), *remarks]
+    return Group(*parts, Text(), _places(places))
+
+
+def _numbers(record: Record) -> Table:
+    title = Text(f"{record['recipe']['name']}: {method_text(record)}", style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in ("BF16", "this model", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("95% interval", no_wrap=True)
+    quality = quality_rows(record["compare"]) if "compare" in record else []
+    smoke = smoke_row(record)
+    groups = [size_rows(record), quality, [*([smoke] if smoke else []), *serving_rows(record)]]
+    for group in groups:
+        for row in group:
+            table.add_row(*_cells(row))
+        if group:
+            table.add_section()
+    return table
+
+
+def _cells(row: Row) -> list[Text]:
+    label = Text(row.label)
+    if row.flips:
+        label.append(f"\n  {row.flips}", style="dim")
+    return [
+        label,
+        *(Text(cell) for cell in (row.baseline, row.candidate, row.change, row.interval)),
+    ]
+
+
+def _remarks(record: Record) -> list[RenderableType]:
+    """Failed margins and checks, and what was not measured; nothing when all is well."""
+    if "compare" not in record:
+        return [Text("quality was not measured: the recipe asks for no evaluation", style="yellow")]
+    compare = record["compare"]
+    remarks: list[RenderableType] = [
+        Text(
+            f"margin not kept: {gate['name']} is {gate['value']:.6g}, the limit is "
+            f"{gate['limit']:.6g}",
+            style="bold red",
+        )
+        for gate in compare["gates"]
+        if not gate["passed"]
+    ]
+    remarks += [
+        Text(f"smoke check failed: {name}", style="red") for name in compare["smoke_failed"]
+    ]
+    remarks += [
+        Text(f"not measured: {missing['what']}: {missing['why']}", style="yellow")
+        for missing in compare["not_measured"]
+    ]
+    return remarks
+
+
+def _places(places: Mapping[str, str]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    # A path that is cut or broken by spaces cannot be copied; folding keeps every character.
+    table.add_column(overflow="fold")
+    for name, place in places.items():
+        table.add_row(Text(name), Text(place))
+    return table
+
+
+def summary_json(record: Record, places: Mapping[str, str]) -> dict[str, Any]:
+    """The same content as :func:`summary_table` for `--json`; what was not measured is absent."""
+    found: dict[str, Any] = {
+        "recipe": record["recipe"]["name"],
+        "method": record["recipe"]["quantize"]["method"],
+        "scheme": record["recipe"]["quantize"]["scheme"],
+        "size": {
+            **record["size"],
+            "ratio": record["size"]["candidate_bytes"] / record["size"]["baseline_bytes"],
+        },
+        "places": dict(places),
+    }
+    if "compare" not in record:
+        return found
+    names = ("perplexity", "divergence", "tasks", "gates", "smoke_failed", "not_measured")
+    found |= {name: record["compare"][name] for name in names if name in record["compare"]}
+    sides = {side: record[side] for side in ("baseline", "candidate")}
+    found["serving"] = {name: side["serving"] for name, side in sides.items() if "serving" in side}
+    found["smoke"] = {
+        name: dict(zip(("passed", "checks"), smoke_counts(side), strict=True))
+        for name, side in sides.items()
+        if side["smoke"]
+    }
+    return found

@@ -1,0 +1,141 @@
+"""card: everything that is known of an artifact in one record, and the model card made from it.
+
+Writes `record.json`::
+
+    {"schema": "quantize.card/1", "quantize": version of this program,
+     "recipe": the recipe with its defaults, without `publish` and `environments`,
+     "target": "owner/name" if the recipe publishes to the Hub,
+     "source_name", "adapter_name"?, "fine_tuned_from"?, "base_models": [Hub ids],
+     "source": source.json without its folder,
+     "size": {"baseline_bytes", "candidate_bytes", "parameters"},   # safetensors files
+     "calibration"?: calibrate.json + "data_digest" and "tokens_sha256",
+     "compress": compress.json, "audit": audit.json,
+     "baseline"?, "candidate"?, "compare"?: their record.json,
+     "versions": {role: versions of the tools}}
+
+and `README.md`, which is a function of that record alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantize import __version__
+from quantize.protocol import write_atomic, write_json
+from quantize.report.card import CARD_SCHEMA, HUB_ID, render_card
+from quantize.report.redact import base_name, redact
+
+if TYPE_CHECKING:
+    from quantize.recipe import Recipe
+    from quantize.stages.base import Resolved, StageContext
+
+VERSION = 1
+
+MEASURED = ("baseline", "candidate", "compare")
+
+
+def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
+    """None: the card is text."""
+    return ()
+
+
+def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
+    """Everything the card says beyond its inputs."""
+    return {
+        "recipe": recipe_values(resolved.recipe),
+        "target": _target(resolved.recipe),
+        "quantize": __version__,
+    }
+
+
+def run(context: StageContext) -> None:
+    """Write `record.json` and `README.md`."""
+    record = build_record(context)
+    write_json(context.files / "record.json", record)
+    write_atomic(context.files / "README.md", render_card(record))
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with its defaults filled in, without what concerns this machine alone."""
+    values = recipe.model_dump(mode="json", exclude={"publish", "environments"}, exclude_none=True)
+    values["quantize"]["scheme"] = recipe.quantize.effective_scheme
+    group_size = recipe.quantize.effective_group_size
+    if group_size is not None:
+        values["quantize"]["group_size"] = group_size
+    return values
+
+
+def build_record(context: StageContext) -> dict[str, Any]:
+    """The card's record, without local paths or tokens."""
+    inputs, recipe = context.inputs, context.recipe
+    source: dict[str, Any] = inputs["fetch"].json("source.json")
+    record: dict[str, Any] = {
+        "schema": CARD_SCHEMA,
+        "quantize": __version__,
+        "recipe": recipe_values(recipe),
+        **_names(recipe, source),
+        "source": {key: value for key, value in source.items() if key != "folder"},
+        "size": _size(context, source),
+        "compress": inputs["compress"].json("compress.json"),
+        "audit": inputs["audit"].json("audit.json"),
+        "versions": {role: dict(item.manifest.versions) for role, item in inputs.items()},
+    }
+    record["source"]["license"] = recipe.model.license or source.get("license")
+    target = _target(recipe)
+    if target is not None:
+        record["target"] = target
+    if "calibrate" in inputs:
+        record["calibration"] = _calibration(context)
+    for role in MEASURED:
+        if role in inputs:
+            record[role] = inputs[role].json("record.json")
+    found: dict[str, Any] = redact(record)
+    return found
+
+
+def _target(recipe: Recipe) -> str | None:
+    return recipe.publish.hub.repo if recipe.publish.hub else None
+
+
+def _names(recipe: Recipe, source: dict[str, Any]) -> dict[str, Any]:
+    """What the model's ancestors are called; a local folder has a base name and no Hub id."""
+    model = recipe.model
+    hub_ids: list[str] = [source["repo"]] if "repo" in source else []
+    found: dict[str, Any] = {
+        "source_name": source.get("repo") or base_name(model.source) or "a local folder"
+    }
+    complete = bool(hub_ids)
+    if "adapter" in source:
+        adapter = source["adapter"]
+        on_hub = "commit" in adapter
+        found["adapter_name"] = adapter["source"] if on_hub else base_name(adapter["source"])
+        hub_ids.append(adapter["source"])
+        complete = complete and on_hub
+    if model.base is not None:
+        found["fine_tuned_from"] = (
+            model.base if HUB_ID.fullmatch(model.base) else base_name(model.base)
+        )
+    # Merged with something that nobody can look up, it is no quantization of its parts.
+    return found | {"base_models": hub_ids if complete else []}
+
+
+def _size(context: StageContext, source: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the safetensors files before and after, and elements of the original's tensors."""
+    after = context.inputs["compress"].manifest.files
+    return {
+        "baseline_bytes": sum(
+            file["bytes"] for file in source["files"] if file["name"].endswith(".safetensors")
+        ),
+        "candidate_bytes": sum(file.bytes for file in after if file.name.endswith(".safetensors")),
+        "parameters": source["parameters"],
+    }
+
+
+def _calibration(context: StageContext) -> dict[str, Any]:
+    artifact = context.inputs["calibrate"]
+    tokens = next(entry for entry in artifact.manifest.files if entry.name == "tokens.npz")
+    statistics: dict[str, Any] = artifact.json("calibrate.json")
+    return statistics | {
+        "data_digest": artifact.manifest.key_inputs["with"]["data"],
+        "tokens_sha256": tokens.sha256,
+    }
