@@ -11,7 +11,6 @@ when they are gone; files of others are neither overwritten nor deleted.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +22,11 @@ from quantize.errors import ConflictError, QuantizeError, SourceError, ToolError
 from quantize.hub import COMMIT, OnProgress, RemoteFile, list_files
 from quantize.hub_client import TRY_AGAIN, Access, call, client, retry_after_seconds, translate
 from quantize.keys import file_sha256
+from quantize.listing import LISTING, not_as_made, parse_listing
 from quantize.store import FileEntry
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
-
-LISTING = "quantize/manifest.json"
-"""Published with every artifact: name, bytes and sha256 of all the other files."""
 
 MADE_BY_THE_HUB = frozenset({".gitattributes", ".gitignore", "README.md", "LICENSE"})
 """What a new repository may hold before our first commit."""
@@ -83,7 +80,7 @@ def push(
 ) -> Pushed:
     """Make the branch hold `files` (local bytes in `paths`, by name), with one commit or none.
 
-    `files` must contain :data:`LISTING`. Raises SourceError when a local file is not what `files`
+    `files` must contain the listing. Raises SourceError when a local file is not what `files`
     says, ConflictError when the branch moved meanwhile or holds files of others under our names,
     CredentialsError, TransientError (nothing is half published; the same call continues).
     """
@@ -109,12 +106,9 @@ def _check_local(files: Sequence[FileEntry], paths: Mapping[str, Path]) -> None:
     for entry in files:
         path = paths[entry.name]
         if not path.is_file():
-            raise SourceError(f"{path} is missing", "run the pipeline again: it makes it anew")
+            raise not_as_made(path, "is missing")
         if path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
-            raise SourceError(
-                f"{path} was changed since it was made (sha256 differs); nothing was published",
-                "`quantize store verify` says more; a damaged artifact is made anew",
-            )
+            raise not_as_made(path, "was changed since it was made (sha256 differs)")
 
 
 def _read(access: Access, target: Target) -> _Branch | None:
@@ -155,18 +149,7 @@ def _ours(access: Access, target: Target, head: str) -> frozenset[str]:
                 api.hf_hub_download(target.repo, LISTING, revision=head, local_dir=folder)
             ).read_text(encoding="utf-8"),
         )
-    return frozenset(listed(text, f"{LISTING} of {target.repo}")) | {LISTING}
-
-
-def listed(text: str, where: str) -> dict[str, FileEntry]:
-    """The entries of a listing by name; ConflictError if the text is none."""
-    try:
-        entries = [FileEntry(**entry) for entry in json.loads(text)["files"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConflictError(
-            f"{where} is not a listing that we wrote", "publish to another place, or delete it"
-        ) from error
-    return {entry.name: entry for entry in entries}
+    return frozenset(parse_listing(text, f"{LISTING} of {target.repo}")) | {LISTING}
 
 
 def _create(access: Access, target: Target) -> _Branch:

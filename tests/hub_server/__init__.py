@@ -3,7 +3,7 @@
 In tests it runs in a thread (:class:`HubServer`); by hand::
 
     python -m tests.hub_server --port 8088 --token hf_test
-    HF_ENDPOINT=http://127.0.0.1:8088 HF_TOKEN=hf_test HF_HUB_DISABLE_XET=1 quantize run ...
+    HF_ENDPOINT=http://127.0.0.1:8088 HF_TOKEN=hf_test quantize run ...
 
 What it does not have: Xet storage, pull requests, tags, rate limits other than planned faults.
 """

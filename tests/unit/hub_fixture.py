@@ -11,9 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from quantize.hub import Access
-from quantize.hub_push import LISTING
-from quantize.keys import file_sha256
-from quantize.protocol import write_json
+from quantize.listing import LISTING, write_listing
 from quantize.store import FileEntry
 from tests.hub_server import Account, Fault, Hub, HubServer
 
@@ -61,7 +59,6 @@ def write_files(
         paths[name] = path
     listing = folder / LISTING
     listing.parent.mkdir(parents=True, exist_ok=True)
-    write_json(listing, {"files": [vars(entry) for entry in entries]})
-    entries.append(FileEntry(LISTING, listing.stat().st_size, file_sha256(listing)))
+    entries.append(write_listing(listing, entries))
     paths[LISTING] = listing
     return entries, paths

@@ -26,7 +26,8 @@ from quantize.errors import (
     ToolError,
     TransientError,
 )
-from quantize.hub_push import LISTING, Pushed, Target, push
+from quantize.hub_push import Pushed, Target, push
+from quantize.listing import LISTING
 from tests.hub_server import Fault, HubServer
 from tests.hub_server.state import File
 

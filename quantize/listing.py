@@ -1,0 +1,61 @@
+"""What was published, as a file among the published ones: names, sizes and checksums.
+
+A published folder or repository says by itself which of its files are ours and whether they are
+still what they were. The listing names every file but itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from quantize.errors import ConflictError, SourceError
+from quantize.keys import file_sha256
+from quantize.protocol import write_json
+from quantize.store import FileEntry
+
+LISTING = "quantize/manifest.json"
+SCHEMA = "quantize.published/1"
+
+
+def write_listing(path: Path, files: Sequence[FileEntry]) -> FileEntry:
+    """Write the listing of `files`, and return its own entry."""
+    ordered = sorted(files, key=lambda entry: entry.name)
+    write_json(path, {"schema": SCHEMA, "files": [asdict(entry) for entry in ordered]})
+    return FileEntry(LISTING, path.stat().st_size, file_sha256(path))
+
+
+def parse_listing(text: str, where: str) -> dict[str, FileEntry]:
+    """The entries of a listing by name; ConflictError if the text is none."""
+    try:
+        entries = [FileEntry(**entry) for entry in json.loads(text)["files"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConflictError(
+            f"{where} is not a listing that we wrote", "publish to another place, or delete it"
+        ) from error
+    return {entry.name: entry for entry in entries}
+
+
+def damage(folder: Path, files: Mapping[str, FileEntry], *, hash_files: bool) -> list[str]:
+    """What is missing from `folder` or differs from `files`; added files are not looked for."""
+    found = []
+    for name, entry in sorted(files.items()):
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != entry.bytes:
+            found.append(f"{name} has {path.stat().st_size} bytes, not {entry.bytes}")
+        elif hash_files and file_sha256(path) != entry.sha256:
+            found.append(f"{name} has other content (sha256 differs)")
+    return found
+
+
+def not_as_made(path: Path, what: str) -> SourceError:
+    """The error for a file of an artifact that must not be published: missing, or changed."""
+    return SourceError(
+        f"{path} {what}; nothing was published",
+        "run the same command again: a damaged artifact is made anew; "
+        "`quantize store verify` finds all of them",
+    )

@@ -1,0 +1,205 @@
+"""publish: the quantized checkpoint, its card and its record to a folder, to the Hub, or both.
+
+What is published: every file of the compress artifact's `model/`, the card as `README.md`, and
+below `quantize/` the card's `record.json`, the `recipe.yaml` and `manifest.json`, which lists all
+the others. Nothing names a path of this machine.
+
+Writes `receipt.json`::
+
+    {"targets": [{"kind": "folder", "path", "files", "bytes", "changed"},
+                 {"kind": "hub", "repo", "branch", "commit", "url", "files", "bytes", "changed"}]}
+
+`changed` is False where the target held exactly these files already. Beside it lie `published.json`
+(the listing) and `recipe.yaml` as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from quantize.folder_target import publish_folder
+from quantize.keys import digest, file_sha256
+from quantize.listing import LISTING, damage, parse_listing, write_listing
+from quantize.protocol import write_atomic, write_json
+from quantize.report.redact import base_name
+from quantize.store import VERIFY_ON_READ_BYTES, FileEntry
+
+if TYPE_CHECKING:
+    from quantize.recipe import Hub, Recipe
+    from quantize.stages.base import Resolved, StageContext
+    from quantize.store import Artifact
+
+VERSION = 1
+
+RECIPE_HEAD = "# The recipe of this checkpoint; local inputs are given by their names alone.\n"
+LOCAL = {
+    "model": ("model", "source"),
+    "adapter": ("model", "adapter"),
+    "calibration": ("calibration", "source"),
+    "suite": ("evaluate", "suite"),
+}
+"""Where the recipe names the inputs that may be local, by their names in `Resolved.paths`."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is published, and where its bytes are, by published name."""
+
+    entries: tuple[FileEntry, ...]
+    paths: dict[str, Path]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
+    """None: files are copied and sent by this process."""
+    return ()
+
+
+def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
+    """The targets; what is published follows from the inputs."""
+    publish = resolved.recipe.publish
+    inputs: dict[str, Any] = {"folder": publish.folder}
+    if publish.hub is not None:
+        from quantize.hub import endpoint
+
+        inputs["hub"] = publish.hub.model_dump(mode="json") | {"endpoint": endpoint()}
+    return inputs
+
+
+def stale(resolved: Resolved, artifact: Artifact) -> str | None:
+    """Why the published folder must be looked at again: not there, or not what was published.
+
+    Contents are compared up to 1 GiB in all, sizes always. The Hub is not asked: a finished run
+    needs no network.
+    """
+    folder = resolved.recipe.publish.folder
+    if folder is None:
+        return None
+    target = _folder(resolved.recipe)
+    text = artifact.file("published.json").read_text(encoding="utf-8")
+    if not target.is_dir():
+        return f"{folder} is not there any more"
+    listing = target / LISTING
+    if not listing.is_file() or listing.read_bytes() != text.encode():
+        return f"{folder} holds another publish"
+    files = parse_listing(text, "published.json")
+    small = sum(entry.bytes for entry in files.values()) <= VERIFY_ON_READ_BYTES
+    found = damage(target, files, hash_files=small)
+    return f"{folder} was changed: {found[0]}" if found else None
+
+
+def run(context: StageContext) -> None:
+    """Publish to every target of the recipe, write the receipt."""
+    publish = context.recipe.publish
+    files = collect(context)
+    targets = []
+    if publish.folder is not None:
+        targets.append(_to_folder(context, files))
+    if publish.hub is not None:
+        targets.append(_to_hub(context, files, publish.hub))
+    write_json(context.files / "receipt.json", {"targets": targets})
+
+
+def collect(context: StageContext) -> Files:
+    """The files to publish; writes the recipe and the listing into the artifact."""
+    compress, card = context.inputs["compress"], context.inputs["card"]
+    entries: list[FileEntry] = []
+    paths: dict[str, Path] = {}
+
+    def add(name: str, entry: FileEntry, path: Path) -> None:
+        entries.append(FileEntry(name, entry.bytes, entry.sha256))
+        paths[name] = path
+
+    for entry in compress.manifest.files:
+        name = entry.name.removeprefix("model/")
+        if name != entry.name and name != "README.md":  # the source's card is not this model's
+            add(name, entry, compress.path / entry.name)
+    of_card = {entry.name: entry for entry in card.manifest.files}
+    add("README.md", of_card["README.md"], card.file("README.md"))
+    add("quantize/record.json", of_card["record.json"], card.file("record.json"))
+    recipe = context.files / "recipe.yaml"
+    write_atomic(recipe, recipe_text(context.resolved, card.json("record.json")["recipe"]))
+    add("quantize/recipe.yaml", _entry(recipe), recipe)
+    listing = context.files / "published.json"
+    add(LISTING, write_listing(listing, entries), listing)
+    return Files(tuple(entries), paths)
+
+
+def recipe_text(resolved: Resolved, values: dict[str, Any]) -> str:
+    """The recipe as the record has it, as YAML, local inputs by their base names."""
+    values = {key: dict(item) if isinstance(item, dict) else item for key, item in values.items()}
+    for name, (block, key) in LOCAL.items():
+        if name in resolved.paths and key in values.get(block, {}):
+            values[block][key] = base_name(values[block][key])
+    return RECIPE_HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(path.name, path.stat().st_size, file_sha256(path))
+
+
+def _folder(recipe: Recipe) -> Path:
+    """The folder target; relative to the working directory, links resolved."""
+    assert recipe.publish.folder is not None
+    return Path(recipe.publish.folder).expanduser().resolve()
+
+
+def _to_folder(context: StageContext, files: Files) -> dict[str, Any]:
+    target = _folder(context.recipe)
+    lock = context.store.root / ".locks" / f"folder-{digest(str(target))[:16]}.lock"
+    copied = publish_folder(
+        target, files.entries, files.paths, lock, _progress(context, f"copying to {target.name}")
+    )
+    if copied.aside is not None:
+        context.notes.append(f"{target} had been changed; the changed one is now {copied.aside}")
+        context.runner.progress.note(context.notes[-1])
+    return {
+        "kind": "folder",
+        "path": str(target),
+        "files": len(files.entries),
+        "bytes": files.bytes,
+        "changed": copied.changed,
+    }
+
+
+def _to_hub(context: StageContext, files: Files, hub: Hub) -> dict[str, Any]:
+    import huggingface_hub
+
+    from quantize.hub import access_from_environment, require_write
+    from quantize.hub_push import Target, push
+
+    access = access_from_environment()
+    require_write(access, hub.repo)
+    pushed = push(
+        access,
+        Target(hub.repo, hub.branch, hub.private),
+        files.entries,
+        files.paths,
+        f"Publish {context.recipe.name}",
+        _progress(context, f"uploading to {hub.repo}"),
+    )
+    context.versions["huggingface_hub"] = huggingface_hub.__version__
+    return {
+        "kind": "hub",
+        "repo": hub.repo,
+        "branch": hub.branch,
+        "commit": pushed.commit,
+        "url": pushed.url,
+        "files": len(files.entries),
+        "bytes": files.bytes,
+        "changed": pushed.changed,
+    }
+
+
+def _progress(context: StageContext, what: str) -> Callable[[int, int], None]:
+    step = context.runner.progress.step
+    return lambda done, total: step(what, round(done / 1e6, 1), round(total / 1e6, 1), "MB")
