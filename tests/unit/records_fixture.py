@@ -32,7 +32,7 @@ class Side:
     answers: Mapping[str, str]
     failing: frozenset[str] = frozenset()  # smoke prompts whose check fails
     min_similarity: Mapping[str, float] = field(default_factory=dict)  # by smoke prompt
-    weight_bytes: int = 12_345_678
+    weight_bytes: int = 1_234_567
     tokens_per_second: float = 123.4
     top_k: int = 8
     served: bool = True
@@ -55,7 +55,7 @@ def candidate_side(seed: int = 0, noise: float = 0.2) -> Side:
     side.logits = side.logits + noise * generator.normal(size=side.logits.shape)
     side.scores = {"valley_mc": [1, 0, 1, 0] + [1, 1, 1, 0] * 9, "valley_qa": [1, 0, 1, 1, 1] * 6}
     side.answers = {"capital": "Ivelstone is the capital.", "count": "One, two, four."}
-    side.weight_bytes = 4_321_098
+    side.weight_bytes = 432_109
     side.tokens_per_second = 171.2
     return side
 

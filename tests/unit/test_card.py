@@ -202,12 +202,12 @@ def test_a_candidate_that_was_not_served(made):
 
 HOSTILE = [
     "](javascript:alert(1))",
-    "[x](javascript:alert(1))",
+    "[x](http://evil.example)",
     "{{7*7}}{% raw %}",
     "a\n---\nlicense: mit\n---\nb",
     "<script>alert(1)</script>",
     "`<img src=x onerror=alert(1)>`",
-    "```\n</details><b>out</b>\n```",
+    "a\n```\n</details><b>out</b>\n```",
     "a | b\n|---|\n| c |",
     "![i](http://evil.example/i.png) **b** _i_ ~~s~~ &lt;b&gt;",
     "\u202egnp.exe\x00\x1b[31m",

@@ -54,7 +54,7 @@ def test_all_numbers_fit_80_columns(tmp_path):
     assert line(text, "Top-1 agreement")[-1].endswith("%")
     assert line(text, "valley_mc, acc")[2:5] == ["0.7500", "0.7250", "-0.0250"]
     assert line(text, "1 worse, 0 better of 40")
-    assert line(text, "Weights")[1:] == ["12.3", "MB", "4.32", "MB", "×0.350"]
+    assert line(text, "Weights")[1:] == ["1.23", "MB", "432", "kB", "×0.350"]
     assert line(text, "First token, median")[3:] == ["41.5", "ms", "41.5", "ms"]
     assert line(text, "Output tokens/s")[2:] == ["123.4", "171.2"]
     assert line(text, "Smoke checks passed")[3:] == ["2", "of", "2", "2", "of", "2"]
@@ -101,7 +101,7 @@ def test_json_has_the_records_numbers(tmp_path):
     compare = record["compare"]
     for name in ("perplexity", "divergence", "tasks", "gates", "smoke_failed", "not_measured"):
         assert values[name] == compare[name]
-    assert values["size"]["ratio"] == pytest.approx(4_321_098 / 12_345_678)
+    assert values["size"]["ratio"] == pytest.approx(432_109 / 1_234_567)
     assert values["serving"]["candidate"]["output_tokens_per_second"] == 171.2
     assert values["smoke"]["candidate"] == {"passed": 2, "checks": 2}
     assert values["places"] == PLACES
