@@ -13,6 +13,7 @@ import yaml
 from quantize.report.markdown import Safe, environment
 from quantize.report.redact import redact
 from quantize.report.results import (
+    HUB_ID,
     Record,
     method_text,
     quality_rows,
@@ -21,9 +22,6 @@ from quantize.report.results import (
     smoke_row,
 )
 
-CARD_SCHEMA = "quantize.card/1"
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 
@@ -66,9 +64,9 @@ def front_matter_values(record: Record) -> dict[str, Any]:
     if bases:
         values["base_model"] = bases[0] if len(bases) == 1 else bases
         values["base_model_relation"] = "quantized"
-    if _LICENSE.fullmatch(source.get("license") or ""):
+    if isinstance(source["license"], str) and _LICENSE.fullmatch(source["license"]):
         values["license"] = source["license"]
-    languages = [name for name in source.get("languages") or () if _LANGUAGE.fullmatch(name)]
+    languages = [name for name in source["languages"] if _LANGUAGE.fullmatch(name)]
     if languages:
         values["language"] = languages
     quantize = record["recipe"]["quantize"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,10 @@ from quantize.records import CompareRecord, MeasureRecord, PerplexityDelta, Task
 
 Record = Mapping[str, Any]
 """`record.json` of a card artifact, see :mod:`quantize.stages.card`."""
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""owner/name"""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import __version__
 from quantize.protocol import write_atomic, write_json
-from quantize.report.card import CARD_SCHEMA, HUB_ID, render_card
 from quantize.report.redact import base_name, redact
+from quantize.report.results import HUB_ID
 
 if TYPE_CHECKING:
     from quantize.recipe import Recipe
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
+SCHEMA = "quantize.card/1"
 MEASURED = ("baseline", "candidate", "compare")
 
 
@@ -50,6 +51,8 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
 
 def run(context: StageContext) -> None:
     """Write `record.json` and `README.md`."""
+    from quantize.report.card import render_card  # jinja2: a plan does not pay for it
+
     record = build_record(context)
     write_json(context.files / "record.json", record)
     write_atomic(context.files / "README.md", render_card(record))
@@ -70,7 +73,7 @@ def build_record(context: StageContext) -> dict[str, Any]:
     inputs, recipe = context.inputs, context.recipe
     source: dict[str, Any] = inputs["fetch"].json("source.json")
     record: dict[str, Any] = {
-        "schema": CARD_SCHEMA,
+        "schema": SCHEMA,
         "quantize": __version__,
         "recipe": recipe_values(recipe),
         **_names(recipe, source),
@@ -80,7 +83,7 @@ def build_record(context: StageContext) -> dict[str, Any]:
         "audit": inputs["audit"].json("audit.json"),
         "versions": {role: dict(item.manifest.versions) for role, item in inputs.items()},
     }
-    record["source"]["license"] = recipe.model.license or source.get("license")
+    record["source"]["license"] = recipe.model.license or source["license"]
     target = _target(recipe)
     if target is not None:
         record["target"] = target

@@ -1,7 +1,8 @@
 """compare: what quantization cost, from the two `measure` artifacts; the recipe's gates.
 
 A gate that fails is recorded, not raised: the card is still written, and the executor ends the run
-with exit code 7 when :func:`failed_gates` names any.
+with exit code 7 when :func:`failed_gates` names any. The arithmetic needs scipy, which a plan must
+not pay for: it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from quantize.records import (
     SmokeDelta,
     TaskDelta,
 )
-from quantize.report.deltas import MIN_UNITS, gates, perplexity_delta, task_delta
-from quantize.report.divergence import TokenLogprobs, divergence, same_text
 
 if TYPE_CHECKING:
     from quantize.stages.base import Resolved, StageContext
@@ -66,6 +65,8 @@ def failed_gates(record: CompareRecord) -> list[str]:
 
 def compare(baseline: Artifact, candidate: Artifact, margins: Margins) -> CompareRecord:
     """The comparison of two measure artifacts."""
+    from quantize.report.deltas import gates
+
     before: MeasureRecord = baseline.json("record.json")
     after: MeasureRecord = candidate.json("record.json")
     smoke = _smoke(before["smoke"], after["smoke"])
@@ -95,6 +96,9 @@ def _add_perplexity(
     after: MeasureRecord,
 ) -> None:
     """Perplexity and KL divergence, where both sides have them."""
+    from quantize.report.deltas import MIN_UNITS, perplexity_delta
+    from quantize.report.divergence import TokenLogprobs, divergence, same_text
+
     if "perplexity" not in before or "perplexity" not in after:
         _miss_one_side(record, "perplexity", "perplexity" in before, "perplexity" in after)
         return
@@ -117,6 +121,8 @@ def _add_tasks(
     after: MeasureRecord,
 ) -> None:
     """Every task that both sides answered."""
+    from quantize.report.deltas import task_delta
+
     tasks_before = {task["name"]: task for task in before["tasks"]}
     tasks_after = {task["name"]: task for task in after["tasks"]}
     for name in {**tasks_before, **tasks_after}:
