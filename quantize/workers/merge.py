@@ -76,9 +76,10 @@ def _check_tokenizer(folder: Path, embeddings: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     extra = sorted(token for token, number in tokenizer.get_vocab().items() if number >= embeddings)
     if extra:
+        named = ", ".join(extra[:3]) + (", ..." if extra[3:] else "")
         raise WorkerError(
             "SourceError",
-            f"the tokenizer in {folder} has {len(extra)} tokens ({', '.join(extra[:3])}, ...) "
+            f"the tokenizer in {folder} has {len(extra)} tokens ({named}) "
             f"beyond the base's {embeddings} embeddings",
             "resize the base's embeddings as in training, save it, and name it in model.source",
         )

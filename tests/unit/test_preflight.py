@@ -1,0 +1,304 @@
+"""Everything that can be known before weights load, reported together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from checkpoints import (
+    INTERMEDIATE,
+    edit_json,
+    llama_config,
+    llama_tensors,
+    recipe,
+    safetensors_bytes,
+    write_checkpoint,
+    write_json,
+)
+from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
+
+from quantize import preflight as module
+from quantize.checkpoint import read_checkpoint
+from quantize.errors import CredentialsError, ResourceError, SourceError
+from quantize.preflight import check_calibration, preflight
+from quantize.recipe import Load, PerplexityText, Recipe, Suite
+from quantize.source_checks import check_adapter, check_checkpoint, check_source, promised_bytes
+from quantize.stages.base import Resolved
+
+ROWS = [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Some text."}]
+
+
+def lines(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def resolved(tmp_path: Path, given: Recipe, **paths: Path) -> Resolved:
+    if "calibration" not in paths:
+        paths["calibration"] = lines(tmp_path / "calibration.jsonl", *ROWS)
+    return Resolved(given, tmp_path, "cpu", {}, paths)
+
+
+def messages(folder: Path, **blocks: Any) -> str:
+    """All findings on a checkpoint for a recipe."""
+    found = check_source(read_checkpoint(folder), recipe(**blocks))
+    assert all(finding.hint for finding in found)
+    return " | ".join(f"{finding.message} → {finding.hint}" for finding in found)
+
+
+def awq(**keys: Any) -> dict[str, Any]:
+    return {"quantize": {"method": "awq", "group_size": 32} | keys}
+
+
+def test_a_sound_run_passes(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", shards=3)
+    preflight(resolved(tmp_path, recipe(), model=folder), tmp_path / "not" / "yet")
+
+
+def test_findings_of_all_kinds_come_in_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # where a login would have left a token
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    empty = lines(tmp_path / "empty.jsonl")
+    given = recipe(**awq(group_size=48), publish={"hub": {"repo": "ann/tiny"}})
+    with pytest.raises(SourceError) as error:
+        preflight(resolved(tmp_path, given, model=folder, calibration=empty), tmp_path)
+    for part in ("3 things", "group size 48", "empty.jsonl is empty", "there is no token"):
+        assert part in error.value.message
+    preflight(
+        resolved(tmp_path, recipe(publish={"hub": {"repo": "ann/tiny"}}), model=folder),
+        tmp_path,
+        {"compress"},  # what is done already needs no token
+    )
+    with pytest.raises(CredentialsError, match="no token"):
+        preflight(
+            resolved(tmp_path, recipe(publish={"hub": {"repo": "ann/tiny"}}), model=folder),
+            tmp_path,
+        )
+
+
+def test_a_broken_checkpoint_is_reported_with_the_rest(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(SourceError) as error:
+        preflight(resolved(tmp_path, recipe(), model=folder, calibration=bad), tmp_path)
+    assert "model-00002-of-00003.safetensors is missing" in error.value.message
+    assert "bad.jsonl:2: not JSON" in error.value.message
+
+
+def test_a_group_size_that_does_not_divide(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, llama_tensors(hidden=96), llama_config(hidden=96))
+    found = messages(folder, **awq(group_size=64))
+    assert "group size 64 does not divide the input dimension of" in found
+    assert "model.layers.0.self_attn.q_proj.weight [96, 96] and 11 more" in found
+    assert "→ set quantize.group_size to 32" in found
+    assert "64 or" not in found
+    everything_odd = ["lm_head", "re:.*self_attn.*", "re:.*(gate|up)_proj"]
+    assert messages(folder, **awq(group_size=64, ignore=everything_odd)) == ""
+    assert messages(folder, quantize={"method": "fp8"}) == ""
+
+
+def test_fp8_blocks_need_multiples_of_128(tmp_path: Path) -> None:
+    sound = write_checkpoint(tmp_path / "sound")
+    found = messages(sound, quantize={"method": "fp8", "scheme": "FP8_BLOCK"})
+    assert "k_proj.weight [64, 128]" in found  # joined with v_proj by the server
+    assert "v_proj" not in found  # the last of those joined is padded
+    assert "FP8_DYNAMIC" in found
+    ignore = ["lm_head", "re:.*[qk]_proj"]
+    block = {"method": "fp8", "scheme": "FP8_BLOCK", "ignore": ignore}
+    assert messages(sound, quantize=block) == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [
+        (2, ""),
+        (3, "4 attention heads"),
+        (8, "4 attention heads"),
+        (4, ""),  # two key-value heads are replicated
+    ],
+)
+def test_tensor_parallel_sizes(tmp_path: Path, size: int, fault: str) -> None:
+    folder = write_checkpoint(tmp_path)
+    found = messages(folder, serve={"tensor_parallel_sizes": [1, size]})
+    assert (fault in found) if fault else (found == "")
+
+
+def test_groups_must_not_straddle_two_gpus(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    found = messages(folder, **awq(group_size=128), serve={"tensor_parallel_sizes": [2]})
+    assert "tensor parallel size 2 does not split model.layers.0.self_attn.o_proj with 128" in found
+    assert f"down_proj with {INTERMEDIATE}" not in found  # 256 = 2 shares of 128
+
+
+def test_ignore_entries_that_match_nothing(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    assert "'lm_haed' matches none" in messages(folder, **awq(ignore=["lm_haed"]))
+    assert "not a regular expression" in messages(folder, **awq(ignore=["re:(("]))
+    assert "nothing to quantize" in messages(folder, **awq(ignore=["re:.*"]))
+
+
+def test_a_tied_head_is_not_quantized_alone(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, llama_tensors(tied=True), llama_config(tied=True))
+    assert "lm_head shares its weight" in messages(folder, **awq(ignore=[]))
+    assert messages(folder) == ""  # the default ignore names lm_head, which is absent
+
+
+def test_lengths_beyond_the_positions(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    calibration = {"source": "c.jsonl", "sequence_length": 1024}
+    found = messages(folder, calibration=calibration, serve={"max_model_len": 513})
+    assert "calibration.sequence_length is 1024, the checkpoint has 512 positions" in found
+    assert "serve.max_model_len is 513" in found
+    assert messages(folder, calibration=calibration, quantize={"method": "fp8"}) == ""  # unread
+    edit_json(folder / "config.json", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert messages(folder, calibration=calibration) == ""
+
+
+def test_a_suite_that_does_not_fit_the_context(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    suite = Suite(
+        version=1,
+        name="s",
+        perplexity=PerplexityText(text="t.jsonl", window=512),
+        load=Load(input_tokens=400, output_tokens=200),
+    )
+    paths = {"model": folder, "calibration": lines(tmp_path / "c.jsonl", *ROWS)}
+    given = Resolved(recipe(), tmp_path, "cpu", {}, paths, suite)
+    with pytest.raises(SourceError) as error:
+        preflight(given, tmp_path)
+    assert "window + 1 is 513, the served context 512" in error.value.message
+    assert "input_tokens + output_tokens is 600" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b'{"text": "a"}\n\n{"text": "b"\n', ":3: not JSON"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', ":2: not UTF-8"),
+        (b'\n{"prompt": "a"}\n["text"]\n', ":2: neither `messages` nor `text`"),
+        (b'{"text": "  "}\n{"messages": []}\n', ":1: neither"),
+        (b'{"text": "a"}\n{"prompt": "b"}\n', ""),  # the run counts what it drops
+        (b'{"text": "a"}\n{"messages": [{"role": "user", "content": "x"}]}\n', ":2: 1 rows have"),
+    ],
+)
+def test_calibration_rows(tmp_path: Path, content: bytes, fault: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    found = check_calibration(path, has_chat_template=False)
+    assert [fault in finding.message for finding in found] == ([True] if fault else [])
+    if "rows have" in fault:
+        assert check_calibration(path, has_chat_template=True) == []
+        assert check_calibration(path, has_chat_template=None) == []
+
+
+def test_other_calibration_files(tmp_path: Path) -> None:
+    def found(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return " ".join(
+            f.message for f in check_calibration(tmp_path / name, has_chat_template=True)
+        )
+
+    assert found("a.txt", b"Some text.\n\nMore.") == ""
+    assert "is empty" in found("b.txt", b" \n\n")
+    assert "b.txt:2: not UTF-8" in found("b.txt", b"fine\n\xe4\n")
+    assert "is empty" in found("c.parquet", b"")
+    assert "not a complete parquet" in found("d.parquet", b"PAR1" + b"x" * 20)
+    assert found("e.parquet", b"PAR1" + b"x" * 20 + b"PAR1") == ""
+    missing = check_calibration(tmp_path / "nowhere.jsonl", has_chat_template=True)
+    assert "does not exist" in missing[0].message
+
+
+def test_only_the_start_of_a_large_file_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 100 + b"not JSON\n")
+    assert "rows.jsonl:101" in check_calibration(path, has_chat_template=True)[0].message
+    monkeypatch.setattr(module, "SCAN_LIMIT_BYTES", 1000)
+    assert check_calibration(path, has_chat_template=True) == []
+
+
+def test_messages_need_a_template_unless_an_adapter_may_bring_it(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", template=None)
+    with pytest.raises(SourceError, match="no chat template"):
+        preflight(resolved(tmp_path, recipe(), model=folder), tmp_path)
+    adapter = write_adapter(tmp_path / "adapter")
+    preflight(resolved(tmp_path, recipe(), model=folder, adapter=adapter), tmp_path)
+
+
+def write_adapter(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4} | config)
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes({}))
+    return folder
+
+
+def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
+    def found(folder: Path) -> str:
+        return " ".join(finding.message for finding in check_adapter(folder))
+
+    assert found(write_adapter(tmp_path / "sound")) == ""
+    assert "no adapter_config.json" in found(tmp_path)
+    assert "of type IA3, not LORA" in found(write_adapter(tmp_path / "ia3", peft_type="IA3"))
+    pickled = write_adapter(tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    assert "only pickled weights (adapter_model.bin)" in found(pickled)
+    (pickled / "adapter_model.bin").unlink()
+    assert "no adapter_model.safetensors" in found(pickled)
+    cut = write_adapter(tmp_path / "cut")
+    (cut / "adapter_model.safetensors").write_bytes(b"\x10")
+    assert "not a valid safetensors file" in found(cut)
+
+
+def test_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr(module, "SLACK_BYTES", 1 << 60)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000})())
+    with pytest.raises(ResourceError) as error:
+        preflight(resolved(tmp_path, recipe(), model=folder), tmp_path / "a" / "store")
+    needed = (1 << 60) + promised_bytes(read_checkpoint(folder), recipe())
+    assert f"this run writes about {needed}" in error.value.message
+    assert "the checkpoint alone takes" in error.value.message
+
+
+def test_what_an_artifact_takes(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path))
+    fp8 = recipe(quantize={"method": "fp8", "scheme": "FP8"})
+    linears = sum(info.elements for info in checkpoint.layer_linears())
+    kept = checkpoint.weight_bytes - 2 * linears
+    assert promised_bytes(checkpoint, fp8) == kept + linears + 14 * 2 * 2  # two BF16 scales each
+
+
+def test_a_checkpoint_is_checked_for_its_recipe(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    assert check_checkpoint(folder, recipe()) == []
+    assert "group size 48" in check_checkpoint(folder, recipe(**awq(group_size=48)))[0].message
+    (folder / "config.json").unlink()
+    assert "no config.json" in check_checkpoint(folder, recipe())[0].message
+
+
+@pytest.mark.parametrize(("token", "allowed"), [(TOKEN, True), (READ_TOKEN, False)])
+def test_a_token_must_be_allowed_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, allowed: bool
+) -> None:
+    online(monkeypatch)
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    given = resolved(tmp_path, recipe(publish={"hub": {"repo": "ann/tiny"}}), model=folder)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with hub_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        if allowed:
+            preflight(given, tmp_path)
+        else:
+            with pytest.raises(CredentialsError, match="may only read"):
+                preflight(given, tmp_path)
+            preflight(given, tmp_path, online=False)
