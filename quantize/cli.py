@@ -227,7 +227,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from quantize.recipe import recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2))
+    click.echo(json.dumps(recipe_schema(), indent=1))
 
 
 @main.command()
@@ -277,4 +277,3 @@ class handle_signals:
     @staticmethod
     def _second(_number: int, _frame: FrameType | None) -> None:
         os._exit(Interrupted.exit_code)
-

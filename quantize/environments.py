@@ -8,6 +8,7 @@ is for, marked, and renamed. The interpreter is entered by its path; nothing is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 
 from quantize.errors import ResourceError, UsageError
@@ -199,7 +201,11 @@ class Environments:
 
             def tick() -> None:
                 done = sum(1 for _ in staging.glob("lib/*/site-packages/*.dist-info"))
-                progress.step(f"installing {environment.name}", done, total, "packages")
+                if done:
+                    progress.step(f"installing {environment.name}", done, total, "packages")
+                else:  # uv links nothing before everything is downloaded and unpacked
+                    megabytes = written_bytes(process.pid) // 1_000_000
+                    progress.step(f"downloading {environment.name}", megabytes, 0, "MB unpacked")
 
             if process.wait(tick) != 0:
                 raise ResourceError(
@@ -222,6 +228,15 @@ class Environments:
         code = "; ".join(f"import {name}" for name in environment.imports)
         with Process([str(python), "-P", "-c", code], log=log) as process:
             return process.tail() if process.wait() != 0 else ""
+
+
+def written_bytes(pid: int) -> int:
+    """Bytes that the processes below `pid` have written so far; 0 where the system hides it."""
+    total = 0
+    with contextlib.suppress(psutil.Error, AttributeError):
+        for process in psutil.Process(pid).children(recursive=True):
+            total += process.io_counters().write_chars
+    return total
 
 
 def uv() -> str:

@@ -74,8 +74,7 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
         measured = measured | {"compare": "compare"}
     graph.append(("card", "card", made | calibrated | measured))
     if recipe.publish.folder is not None or recipe.publish.hub is not None:
-        inputs = {"fetch": "fetch", "compress": "compress", "audit": "audit", "card": "card"}
-        graph.append(("publish", "publish", inputs))
+        graph.append(("publish", "publish", {"compress": "compress", "card": "card"}))
     return graph
 
 

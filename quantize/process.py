@@ -35,7 +35,6 @@ class Process:
         *,
         log: Path,
         env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
     ) -> None:
         supervisor = [sys.executable, "-I", "-S", quantize.supervise.__file__]
         supervisor += [str(os.getpid()), str(GRACE_SECONDS)]
@@ -50,7 +49,6 @@ class Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=child_environment(env or {}),
-                cwd=cwd,
                 start_new_session=True,
             )
 

@@ -45,7 +45,6 @@ class Runner:
         work: Path,
         label: str,
         env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
     ) -> dict[str, Any]:
         """Run `quantize.workers.<name>` and return its result's body.
 
@@ -62,7 +61,7 @@ class Runner:
         command = [str(python), "-P", "-m", f"quantize.workers.{name}"]
         command += [str(request_file), str(result_file)]
         started = time.monotonic()
-        with self.process(command, label, env=env, cwd=cwd) as process:
+        with self.process(command, label, env=env) as process:
             tail = _Tail(events_file, self.progress)
             code = process.wait(tail.read)
         self._spent(label, started)
@@ -82,12 +81,11 @@ class Runner:
         label: str,
         *,
         env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
     ) -> Iterator[Process]:
         """Start a supervised process of an environment; ended when the block is left."""
         paths = {"PYTHONPATH": str(self.environments.package_path())}
         with Process(
-            command, log=self.logs / f"{label}.log", env={**paths, **(env or {})}, cwd=cwd
+            command, log=self.logs / f"{label}.log", env={**paths, **(env or {})}
         ) as process:
             yield process
 

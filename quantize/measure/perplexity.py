@@ -46,6 +46,8 @@ def measure(
 ) -> Perplexity:
     """Score the text, write the per-token arrays to `output` (npz), return the record."""
     documents = read_documents(path, text.field)
+    if text.join:
+        documents = ["\n\n".join(documents)]
     limit = text.windows
     windows, bos = cut(client, documents, text.window, limit)
     with ThreadPoolExecutor(concurrency) as pool:
@@ -83,7 +85,7 @@ def read_documents(path: Path, field: str) -> list[str]:
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{path}:{number}: not an object with `{field}`: {error!r}",
-                'each line is one JSON object',
+                "each line is one JSON object",
             ) from error
     return documents
 

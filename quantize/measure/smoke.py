@@ -35,18 +35,19 @@ def measure(
         with ThreadPoolExecutor(copies) as pool:
             answers = list(pool.map(lambda _: _ask(client, prompt, text), range(copies)))  # noqa: B023
         for number, answer in enumerate(answers, 1):
-            records.append(
-                {
-                    "name": prompt.name if number == 1 else f"{prompt.name}-{number}",
-                    "kind": prompt.kind,
-                    "prompt": text,
-                    "answer": answer.text,
-                    "finish_reason": answer.finish_reason,
-                    "completion_tokens": answer.completion_tokens,
-                    "seconds": answer.seconds,
-                    "checks": checks(prompt, answer, special_tokens),
-                }
-            )
+            record: Smoke = {
+                "name": prompt.name if number == 1 else f"{prompt.name}-{number}",
+                "kind": prompt.kind,
+                "prompt": text,
+                "answer": answer.text,
+                "finish_reason": answer.finish_reason,
+                "completion_tokens": answer.completion_tokens,
+                "seconds": answer.seconds,
+                "checks": checks(prompt, answer, special_tokens),
+            }
+            if prompt.min_baseline_similarity is not None:  # decided by the compare stage
+                record["min_baseline_similarity"] = prompt.min_baseline_similarity
+            records.append(record)
         on_progress(done, len(prompts.prompts))
     return records
 

@@ -1,7 +1,6 @@
 """One lm-eval task against a served model.
 
-Runs in the lmeval environment, with the folder of own tasks as working directory, so that a task's
-`data_files` are relative to it.
+Runs in the lmeval environment. A task's `data_files` are relative to the folder of its YAML file.
 
 Request body: `base_url` (of `/v1/completions`), `model` (served name), `tokenizer` (folder),
 `task`, `metric`, `filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`,
@@ -15,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ def run(request: Request, events: Events) -> dict[str, Any]:
             f"lm-eval {importlib.metadata.version('lm-eval')} knows no task {body['task']!r}",
             "correct the task's name in the suite, or put its YAML into the suite's tasks_folder",
         )
+    if body["tasks_folder"]:  # datasets looks for local files from the working directory
+        os.chdir(Path(manager.task_index[body["task"]].yaml_path).parent)
     results = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
@@ -61,7 +63,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
 
 
 def _collect(body: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    rows, prompts = [], hashlib.sha256()
+    rows, scores, prompts = [], [], hashlib.sha256()
     # A group task (MMLU) has subtasks, whose document ids begin anew.
     group = len(results["samples"]) > 1
     samples = [
@@ -80,6 +82,7 @@ def _collect(body: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     for prefix, sample in samples:
         prompt = json.dumps([_plain(request) for request in _arguments(sample)])
         prompts.update(prompt.encode())
+        scores.append(_score(body, sample))
         rows.append(
             {
                 "doc": prefix + str(sample["doc"].get("id", sample["doc_id"])),
@@ -87,15 +90,15 @@ def _collect(body: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
                 "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
                 "target": str(sample["target"]),
                 "response": json.dumps(sample["filtered_resps"], ensure_ascii=False),
-                "score": _score(body, sample),
+                "score": scores[-1],
             }
         )
     write_atomic(
         Path(body["samples"]), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
     count = len(rows)
-    mean = math.fsum(row["score"] for row in rows) / count
-    variance = math.fsum((row["score"] - mean) ** 2 for row in rows) / max(count - 1, 1)
+    mean = math.fsum(scores) / count
+    variance = math.fsum((score - mean) ** 2 for score in scores) / max(count - 1, 1)
     return {
         "score": mean,
         "standard_error": math.sqrt(variance / count),
@@ -149,7 +152,7 @@ def _report_progress(events: Events, task: str) -> None:
         say(bar)
         return shown
 
-    tqdm.tqdm.update = update  # type: ignore[method-assign]
+    tqdm.tqdm.update = update
 
 
 if __name__ == "__main__":

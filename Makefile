@@ -1,0 +1,38 @@
+# Everyday commands. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help venv demo test unit lint locks schema clean
+
+help:           ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+venv: $(BIN)/quantize  ## the core and the development tools
+
+$(BIN)/quantize: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+demo: venv      ## the main job on the shipped checkpoint
+	$(BIN)/quantize run recipes/tiny-llama-awq.yaml
+
+test: venv      ## format, lint, types and all tests
+	$(BIN)/python -m tests
+
+unit: venv      ## the tests that need no environments, in seconds
+	$(BIN)/python -m pytest tests/unit -q
+
+lint: venv      ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
+
+locks: venv     ## compile the environments' locks
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh quantize/envs/compile.sh
+
+schema: venv    ## write recipes/recipe.schema.json
+	$(BIN)/quantize schema > recipes/recipe.schema.json
+
+clean:          ## remove the virtual environment and caches of this folder
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

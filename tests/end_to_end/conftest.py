@@ -1,0 +1,85 @@
+"""The real tools, once a session: environments from the user's cache, one store for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize.environments import Environments, accelerator, cache_folder
+from quantize.progress import LineView, Progress
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.out)
+        return value
+
+
+@dataclass(frozen=True)
+class Work:
+    """A working directory with a store, shared by the tests of one session."""
+
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "quantize", *arguments]
+
+    def quantize(self, *arguments: str, env: Mapping[str, str] | None = None) -> Finished:
+        done = subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=environment(env),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def run(self, recipe: str | Path, *arguments: str) -> dict[str, Any]:
+        """`quantize run RECIPE --json`, which must succeed; its result."""
+        done = self.quantize("run", str(recipe), "--store", str(self.store), "--json", *arguments)
+        assert done.code == 0, done.err + done.out
+        return done.json()
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """No hub: everything that the tests need is in the repository."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **(extra or {})}
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="session")
+def environment_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Interpreter of an environment by name, installed on first use."""
+    here = Environments(accelerator(), cache_folder())
+    log = tmp_path_factory.mktemp("logs") / "environments.log"
+
+    def python(name: str) -> Path:
+        return here.install(name, Progress(LineView(print)), log)
+
+    return python

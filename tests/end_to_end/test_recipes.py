@@ -1,0 +1,144 @@
+"""The main job on the shipped checkpoint with the real tools, for every kind of scheme."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import Work, environment
+
+pytestmark = pytest.mark.end_to_end
+
+RECIPES = ["tiny-llama-awq", "tiny-llama-gptq", "tiny-llama-fp8"]
+
+GREEDY = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+ids = tokenizer.apply_chat_template(
+    [{"role": "user", "content": sys.argv[2]}], add_generation_prompt=True, return_tensors="pt",
+    return_dict=True,
+)
+out = model.generate(**ids, max_new_tokens=16, do_sample=False)
+print(json.dumps(tokenizer.decode(out[0][ids["input_ids"].shape[1]:], skip_special_tokens=True)))
+"""
+
+
+@pytest.fixture(scope="session")
+def results(work: Work) -> Callable[[str], dict[str, Any]]:
+    """Result of a shipped recipe by name; each is run once."""
+    cache: dict[str, dict[str, Any]] = {}
+
+    def result(name: str) -> dict[str, Any]:
+        if name not in cache:
+            cache[name] = work.run(name)
+        return cache[name]
+
+    return result
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_measured_and_published(
+    name: str, work: Work, results: Callable[[str], dict[str, Any]]
+) -> None:
+    result = results(name)
+    record = json.loads(Path(result["places"]["record"]).read_text())
+    compare = record["compare"]
+
+    # the numbers are the served models': far from chance and from each other's copies
+    assert 1.0 < compare["perplexity"]["baseline"] < 20
+    assert 0.98 < compare["perplexity"]["ratio"] < 1.10
+    assert compare["divergence"]["mean"] > 1e-6
+    assert compare["divergence"]["top1_agreement"] > 0.8
+    scores = {task["name"]: task for task in compare["tasks"]}
+    assert set(scores) == {"valley_mc", "valley_qa"}
+    assert all(task["baseline"] > 0.4 for task in scores.values())
+    expected = 0.75 if name.endswith("fp8") else 0.6
+    assert compare["size_ratio"] < expected
+    assert not compare["not_measured"]
+
+    published = work.folder / "out" / name
+    card = (published / "README.md").read_text()
+    assert f"{compare['perplexity']['candidate']:.3f}" in card
+    assert (published / "config.json").exists()
+    assert str(work.folder) not in card
+
+
+def test_stages_that_do_not_differ_are_shared(results: Callable[[str], dict[str, Any]]) -> None:
+    results("tiny-llama-awq")
+    states = {stage["id"]: stage["state"] for stage in results("tiny-llama-gptq")["stages"]}
+    assert states["measure-baseline"] == "hit"
+    assert states["calibrate"] == "hit"
+    assert states["compress"] == "ran"
+
+
+def test_second_run_does_nothing(work: Work, results: Callable[[str], dict[str, Any]]) -> None:
+    results("tiny-llama-awq")
+    done = work.quantize("run", "tiny-llama-awq", "--store", str(work.store))
+    assert done.code == 0, done.err
+    assert "nothing to do: all 9 stages" in done.out
+
+
+def test_pipelines_own_time_is_small(results: Callable[[str], dict[str, Any]]) -> None:
+    seconds = results("tiny-llama-awq")["seconds"]
+    assert seconds["tools"]["compress"] > 1
+    # The tools take minutes. The bound is wide, for a busy machine: bench/overhead.md has figures.
+    assert 0 < seconds["own"] < 20
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_artifact_loads_in_transformers(
+    name: str,
+    results: Callable[[str], dict[str, Any]],
+    environment_python: Callable[[str], Path],
+) -> None:
+    result = results(name)
+    record = json.loads(Path(result["places"]["record"]).read_text())
+    chat = next(s for s in record["candidate"]["smoke"] if s["kind"] == "chat")
+    python = environment_python("llmcompressor")
+    done = subprocess.run(
+        [str(python), "-c", GREEDY, result["places"]["artifact"], chat["prompt"]],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    text = json.loads(done.stdout.splitlines()[-1])
+    # Kernels round differently: the same first words, not the same text to the end.
+    assert text.split()[:2] == chat["answer"].split()[:2]
+
+
+def test_changed_byte_is_noticed(work: Work, results: Callable[[str], dict[str, Any]]) -> None:
+    weights = Path(results("tiny-llama-fp8")["places"]["artifact"]) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = work.quantize("store", "verify", "--store", str(work.store))
+    assert done.code == 3
+    assert "model/model.safetensors has other content" in done.out
+    again = work.run("tiny-llama-fp8", "--until", "audit")
+    states = {stage["id"]: stage["state"] for stage in again["stages"]}
+    assert states == {"fetch": "hit", "compress": "ran", "audit": "hit"}
+    assert work.quantize("store", "verify", "--store", str(work.store)).code == 0
+
+
+def test_static_fp8_is_made_and_not_served_on_cpu(work: Work) -> None:
+    arguments = ["--set", "quantize.scheme=FP8", "--set", "name=tiny-llama-fp8-static"]
+    arguments += ["--set", "publish.folder=out/static"]
+    plan = work.quantize("plan", "tiny-llama-fp8", "--store", str(work.store), *arguments)
+    assert plan.code == 0, plan.err
+    if "on cpu" not in plan.out:
+        pytest.skip("a GPU serves it")
+    assert "not served here" in plan.out
+    result = work.run("tiny-llama-fp8", *arguments)
+    record = json.loads(Path(result["places"]["record"]).read_text())
+    assert record["compare"]["not_measured"]
+    assert "static activation scales" in (work.folder / "out/static/README.md").read_text()
