@@ -121,8 +121,7 @@ def unpack(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.int8]:
 def weight_format(quantize: Quantize) -> WeightFormat:
     """The format that a recipe's quantize block promises."""
     scheme = quantize.effective_scheme
-    # The preset W8A16 is grouped by 128 whether or not the recipe may say so.
-    group = quantize.effective_group_size or 128
+    group = quantize.effective_group_size or 0  # not read where the scheme has no groups
     match scheme:
         case "W4A16" | "W4A16_ASYM":
             symmetric = scheme == "W4A16"

@@ -40,7 +40,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 }
 """Which schemes a method can produce, best first."""
 
-GROUPED = frozenset({"W4A16", "W4A16_ASYM"})
+GROUPED = frozenset({"W4A16", "W4A16_ASYM", "W8A16"})
 """Schemes whose scales are per group of input channels."""
 
 DATA_FREE = frozenset({("rtn", s) for s in SCHEMES["rtn"]}) | {
@@ -112,7 +112,8 @@ class Quantize(Block):
     method: Method = Field(description="awq, gptq, awq+gptq, rtn (round to nearest), fp8 or int8.")
     scheme: Scheme | None = Field(None, description="Number formats; the method's best if absent.")
     group_size: PositiveInt | None = Field(
-        None, description="Input channels that share a scale, for 4-bit schemes (default 128)."
+        None,
+        description="Input channels that share a scale, for 4-bit schemes and W8A16 (default 128).",
     )
     ignore: tuple[str, ...] = Field(
         ("lm_head",), description="Modules left in BF16: names, or 're:' and a pattern."

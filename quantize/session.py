@@ -84,7 +84,7 @@ class Session:
             if not as_json:
                 for note in self.plan.notes:
                     progress.note(f"note: {note}")
-            preflight(self.resolved, self.store.root)
+            preflight(self.resolved, self.store.root, self._kinds_to_run(selected))
             execute(self.plan, self.resolved, self.store, runner, selected, outcome)
         except BaseException as error:
             progress.finish("failed")
@@ -93,6 +93,10 @@ class Session:
         progress.finish("done")
         self._finish(folder, outcome, runner, started, None, as_json, write)
         return 0
+
+    def _kinds_to_run(self, selected: Sequence[str]) -> set[str]:
+        """Kinds of the stages that this run will do something for, as far as the plan knows."""
+        return {e.kind for e in self.plan.stages if e.id in selected and e.status != "done"}
 
     def _run_folder(self) -> Path:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -70,19 +70,16 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def environments_table(environments: Environments) -> Table:
-    """One row an environment."""
-    table = Table(box=None)
-    for column in ("environment", "state", "lock", "purpose"):
-        table.add_column(column, no_wrap=column != "purpose")
-    table.add_column("folder", overflow="fold")
+    """Two lines an environment: state and purpose, lock and folder."""
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, environment in sorted(ENVIRONMENTS.items()):
-        table.add_row(
-            name,
-            "installed" if environments.installed(name) else "missing",
-            environment.locks[environments.accelerator],
-            environment.purpose,
-            str(environments.folder(name)),
-        )
+        installed = environments.installed(name)
+        table.add_row(f"[bold]{name}[/]", environment.purpose)
+        table.add_row("", f"lock: {environment.locks[environments.accelerator]}")
+        state = "[green]installed[/]: " if installed else "not installed: "
+        table.add_row("", state + str(environments.folder(name)))
     return table
 
 
