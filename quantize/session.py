@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import sys
 import time
@@ -212,19 +213,19 @@ def collect_garbage(
 ) -> Iterator[tuple[Path, int]]:
     """Remove leftovers, and artifacts that none of `recipes` uses if any is given."""
     store = open_store(folder)
-    doomed = store.leftovers()
+    unused: list[Path] = []
     if recipes:
         used = {
             (entry.kind, entry.key)
             for recipe in recipes
             for entry in Session.open(recipe, (), folder, online=True).plan.stages
         }
-        doomed += [
+        unused = [
             artifact.path
             for artifact in store.artifacts()
             if (artifact.manifest.kind, artifact.manifest.key) not in used
         ]
-    for path in doomed:
+    for path in itertools.chain(store.leftovers(), unused):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         if not dry_run:
             shutil.rmtree(path)

@@ -14,14 +14,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from quantize.errors import ResourceError
+from quantize.errors import ResourceError, ToolError
 from quantize.keys import file_sha256
 from quantize.protocol import write_json
 
@@ -64,6 +64,8 @@ class Manifest:
     def load(cls, path: Path) -> Manifest:
         """Read `manifest.json`."""
         value = json.loads(path.read_text(encoding="utf-8"))
+        if value["schema"] != 1:
+            raise ValueError(f"{path}: schema {value['schema']}, need 1")
         value["files"] = tuple(FileEntry(**file) for file in value["files"])
         value["notes"] = tuple(value["notes"])
         return cls(**value)
@@ -135,11 +137,13 @@ class Store:
         """The artifact if it is complete; contents are not looked at."""
         path = self.path(kind, key)
         try:
-            return Artifact(path, Manifest.load(path / MANIFEST))
-        except FileNotFoundError:
+            manifest = Manifest.load(path / MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError):  # a damaged manifest is no manifest
             return None
+        # Nor is one that belongs elsewhere: somebody copied or renamed the folder.
+        return Artifact(path, manifest) if (manifest.kind, manifest.key) == (kind, key) else None
 
     def damage(self, artifact: Artifact) -> list[str]:
         """Check a hit before it is used: sizes always, contents of small artifacts."""
@@ -172,24 +176,38 @@ class Store:
                 if artifact is not None:
                     yield artifact.manifest
 
-    def leftovers(self) -> list[Path]:
-        """Scratch folders whose run is gone, and artifacts that were set aside."""
-        found = [p for p in (self.root / ".damaged").glob("*/*") if p.is_dir()]
-        for folder in self.root.glob("*/.staging/*"):
-            if folder.is_dir():
-                lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-                with contextlib.suppress(Timeout), lock.acquire(timeout=0):
-                    found.append(folder)
-        return found
+    def leftovers(self) -> Iterator[Path]:
+        """Artifacts that were set aside, and scratch folders whose run is gone.
+
+        A scratch folder's lock is held until the next is asked for, so that it can be removed.
+        """
+        yield from sorted(p for p in (self.root / ".damaged").glob("*/*") if p.is_dir())
+        for folder in sorted(p for p in self.root.glob("*/.staging/*") if p.is_dir()):
+            lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+            with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+                yield folder
 
     @contextlib.contextmanager
-    def staging(self, kind: str, key: str, wait_seconds: float = 6 * 3600) -> Iterator[Staging]:
-        """Hold the stage's lock; another run of the same stage waits and then finds the result."""
+    def staging(
+        self,
+        kind: str,
+        key: str,
+        wait_seconds: float = 6 * 3600,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Iterator[Staging]:
+        """Hold the stage's lock; another run of the same stage waits and then finds the result.
+
+        `on_wait` is called once before a wait. The scratch space goes when the block ends well.
+        """
         folder = self.root / kind / ".staging" / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f"{key}.lock"))
         try:
-            lock.acquire(timeout=wait_seconds)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                on_wait()
+                lock.acquire(timeout=wait_seconds)
         except Timeout as error:
             raise ResourceError(
                 f"another run has held {kind} {key[:12]} for {wait_seconds / 3600:.0f} h",
@@ -201,6 +219,8 @@ class Store:
             staging.files.mkdir(parents=True)
             staging.work.mkdir(exist_ok=True)
             yield staging
+            # Committed, or another run's result was found: nothing will continue from here.
+            shutil.rmtree(folder, ignore_errors=True)
         finally:
             lock.release()
 
@@ -214,10 +234,18 @@ class Store:
         versions: Mapping[str, str],
         notes: tuple[str, ...] = (),
     ) -> Artifact:
-        """Sync, hash, write the manifest, rename into place, drop the scratch folder."""
+        """Sync, hash, write the manifest, rename into place, drop the scratch folder.
+
+        An artifact stands alone: anything but regular files and folders in it is a ToolError.
+        """
         entries = []
         for name in _relative_files(staging.files):
             path = staging.files / name
+            if path.is_symlink() or not path.is_file() or name == MANIFEST:
+                raise ToolError(
+                    f"{staging.kind} wrote {name}, which cannot be part of an artifact",
+                    "this is a bug of the stage: it must write regular files of its own",
+                )
             _fsync(path)
             entries.append(FileEntry(name, path.stat().st_size, file_sha256(path)))
         manifest = Manifest(
@@ -235,9 +263,7 @@ class Store:
         for folder, _, _ in os.walk(staging.files):
             _fsync(Path(folder))
         final = self.path(staging.kind, staging.key)
-        if (
-            final.exists()
-        ):  # only a folder without a readable manifest can be here: we hold the lock
+        if final.exists():  # damaged or stale, or it would have been found: we hold the lock
             self.set_aside(staging.kind, staging.key)
         os.rename(staging.files, final)
         _fsync(final.parent)
@@ -246,12 +272,11 @@ class Store:
 
 
 def _relative_files(root: Path) -> list[str]:
-    """Names of all files below `root`, sorted, with forward slashes; a symlink is an error."""
+    """Names of all files below `root`, sorted, with forward slashes; symlinks are not followed."""
     names = []
-    for folder, _, files in os.walk(root):
-        for file in files:
-            path = Path(folder, file)
-            names.append(path.relative_to(root).as_posix())
+    for folder, folders, files in os.walk(root):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files + links]
     return sorted(names)
 
 
