@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantize.errors import GateError, UsageError
@@ -69,11 +69,11 @@ def execute(
 ) -> None:
     """Run what is missing among the selected stages; others must be in the store already.
 
-    After `compare`, a failed margin stops the run before anything is published; the card is made
-    first, so that there is something to read.
+    A failed margin stops the run before anything is published, or ends it where it publishes
+    nothing; the card is made first, so that there is something to read.
     """
     for index, entry in enumerate(plan.stages, 1):
-        if entry.id == "publish":
+        if entry.id == "publish" and "publish" in selected:
             gate(outcome.artifacts)
         artifact, reason = find(entry, resolved, store)
         if artifact is not None:
@@ -90,23 +90,24 @@ def execute(
                 )
             continue
         with runner.progress.stage(entry.id, index, len(plan.stages)):
-            if reason:
+            if reason and entry.status != "missing":
                 runner.progress.note(reason)
             stage, artifact = _run_stage(entry, plan, resolved, store, runner, outcome.artifacts)
         outcome.artifacts[entry.id] = artifact
-        outcome.stages.append(stage)
+        outcome.stages.append(replace(stage, reason=reason))
+    if "compare" in selected:
+        gate(outcome.artifacts)
 
 
 def find(entry: StageEntry, resolved: Resolved, store: Store) -> tuple[Artifact | None, str]:
-    """The stage's artifact if it can be used, otherwise why not. Damaged ones are set aside."""
+    """The stage's artifact if it can be used, otherwise why not."""
     assert entry.key is not None, "keys are known before a run"
     artifact = store.get(entry.kind, entry.key)
     if artifact is None:
         return None, entry.reason
     if damage := store.damage(artifact):
-        aside = store.set_aside(entry.kind, entry.key)
         more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
-        return None, f"damaged in the store: {damage[0]}{more}; set aside as {aside}, made again"
+        return None, f"damaged in the store: {damage[0]}{more}"
     stale = getattr(STAGES[entry.kind], "stale", None)
     if stale is not None and (why := stale(resolved, artifact)):
         return None, why
@@ -139,10 +140,16 @@ def _run_stage(
     assert entry.key is not None
     started = time.monotonic()
     spent_before = sum(runner.tool_seconds.values())
-    with store.staging(entry.kind, entry.key) as staging:
+    state = "hit"
+
+    def on_wait() -> None:
+        runner.progress.note("another run is making this; waiting for it")
+
+    with store.staging(entry.kind, entry.key, on_wait=on_wait) as staging:
         # Another run may have finished it while we waited for the lock.
         artifact, _ = find(entry, resolved, store)
         if artifact is None:
+            state = "ran"
             context = StageContext(
                 entry=entry,
                 resolved=resolved,
@@ -165,9 +172,7 @@ def _run_stage(
             )
     seconds = time.monotonic() - started
     own = seconds - (sum(runner.tool_seconds.values()) - spent_before)
-    outcome = StageOutcome(
-        entry.id, entry.key, "ran", entry.reason, round(seconds, 3), round(own, 3)
-    )
+    outcome = StageOutcome(entry.id, entry.key, state, "", round(seconds, 3), round(own, 3))
     return outcome, artifact
 
 

@@ -74,7 +74,9 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
         measured = measured | {"compare": "compare"}
     graph.append(("card", "card", made | calibrated | measured))
     if recipe.publish.folder is not None or recipe.publish.hub is not None:
-        graph.append(("publish", "publish", {"compress": "compress", "card": "card"}))
+        # It reads no comparison, but nothing is published whose gates cannot be asked.
+        gates = {"compare": "compare"} if measured else {}
+        graph.append(("publish", "publish", {"compress": "compress", "card": "card"} | gates))
     return graph
 
 
@@ -108,7 +110,13 @@ def _entry(
 
 def _why_missing(entry: StageEntry, recipe_name: str, store: Store) -> tuple[str, str]:
     """`changed` with what differs from this recipe's nearest earlier result, or `missing`."""
-    earlier = [m for m in store.manifests(entry.kind) if m.recipe == recipe_name]
+    # Both measure stages are of one kind: the baseline's reads one artifact in two roles.
+    earlier = [
+        manifest
+        for manifest in store.manifests(entry.kind)
+        if manifest.recipe == recipe_name
+        and len(set(manifest.key_inputs["inputs"].values())) == len(set(entry.inputs.values()))
+    ]
     if not earlier:
         return "missing", "not made yet"
     changes = min((_changes(manifest, entry) for manifest in earlier), key=len)

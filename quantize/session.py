@@ -154,12 +154,13 @@ class Session:
     def _show(
         self, outcome: Outcome, where: dict[str, str], result: dict[str, Any], write: Write
     ) -> None:
-        from quantize.report.summary import summary_table
+        from quantize.report.summary import places_text, summary_table
         from quantize.report.tables import render
 
         if "card" in outcome.artifacts:
             record = outcome.artifacts["card"].json("record.json")
-            write(render(summary_table(record, where)))
+            write(render(summary_table(record)))
+        write(places_text(where))
         if "error" in result:
             return
         hits = sum(1 for stage in outcome.stages if stage.state == "hit")

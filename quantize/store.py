@@ -151,7 +151,7 @@ class Store:
         return artifact.damage(hash_files=small)
 
     def set_aside(self, kind: str, key: str) -> Path:
-        """Move a damaged artifact out of the way, for the user to look at."""
+        """Move an artifact that cannot be used out of the way, for the user to look at."""
         target = self.root / ".damaged" / kind / f"{key}-{time.time_ns()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.path(kind, key), target)

@@ -22,17 +22,13 @@ from quantize.report.results import (
 )
 
 
-def summary_table(record: Record, places: Mapping[str, str]) -> RenderableType:
-    """What a card record says, and where things lie; fits 80 columns.
-
-    `places` maps what a person looks for (artifact, card, record, logs) to its path or address.
-    Nothing from outside is read as rich's markup.
-    """
+def summary_table(record: Record) -> RenderableType:
+    """What a card record says; fits 80 columns. Nothing from outside is read as rich's markup."""
     parts: list[RenderableType] = [Text(), _numbers(record)]
     remarks = _remarks(record)
     if remarks:
         parts += [Text(), *remarks]
-    return Group(*parts, Text(), _places(places))
+    return Group(*parts)
 
 
 def _numbers(record: Record) -> Table:
@@ -87,14 +83,13 @@ def _remarks(record: Record) -> list[RenderableType]:
     return remarks
 
 
-def _places(places: Mapping[str, str]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    # A path that is cut or broken by spaces cannot be copied; folding keeps every character.
-    table.add_column(overflow="fold")
-    for name, place in places.items():
-        table.add_row(Text(name), Text(place))
-    return table
+def places_text(places: Mapping[str, str]) -> str:
+    """Where things lie, a line each and never wrapped: a broken path cannot be copied.
+
+    `places` maps what a person looks for (artifact, card, record, logs) to its path or address.
+    """
+    width = max(map(len, places), default=0)
+    return "\n".join(f"{name:<{width}}  {place}" for name, place in places.items())
 
 
 def summary_json(record: Record, places: Mapping[str, str]) -> dict[str, Any]:

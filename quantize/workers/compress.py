@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import itertools
+import os
 import re
 import resource
 import shutil
@@ -34,6 +35,9 @@ from transformers import AutoModelForCausalLM
 from quantize.protocol import Events, Request, worker_main
 
 SHARD_SIZE = "5GB"
+SAY_SECONDS = 0.25
+MAPPINGS = 4
+"""AWQ mappings of a decoder layer: before q/k/v, before o, before gate/up, before down."""
 
 
 def run(request: Request, events: Events) -> dict[str, Any]:
@@ -123,34 +127,60 @@ def _without_pinned_memory() -> None:
     IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
 
 
+# Share of a layer's time after each phase: the calibration pass, AWQ's grid searches or GPTQ's
+# column loops, and the second pass that hands the quantized layer's output on.
+CALIBRATED, SEARCHED = 0.2, 0.9
+
+
 def _report_progress(events: Events) -> None:
-    """Turn llm-compressor's progress bars into events."""
+    """Turn llm-compressor's many progress bars into one: layers, with fractions."""
+    layer = {"at": 1, "count": 1, "smoothed": 0.0}
+
+    def say(bar: tqdm.tqdm) -> None:
+        done, total = float(bar.n), float(bar.total or 1)
+        share = 0.0
+        if found := re.match(r"\((\d+)/(\d+)\): (\w+)", bar.desc or ""):
+            layer.update(at=int(found[1]), count=int(found[2]))
+            if found[3] == "Calibrating":
+                share = CALIBRATED * done / total
+            else:
+                share = SEARCHED + (1 - SEARCHED) * done / total
+        elif (bar.desc or "").startswith("Smoothing"):
+            layer["smoothed"] = done / total
+            share = CALIBRATED + (SEARCHED - CALIBRATED) * layer["smoothed"]
+        elif (bar.desc or "").startswith("Grid search"):
+            # one mapping of a layer; how many there are, only the bar around it knows
+            part = layer["smoothed"] + (done / total) / MAPPINGS
+            share = CALIBRATED + (SEARCHED - CALIBRATED) * min(part, 1.0)
+        else:
+            return
+        at, count = layer["at"], layer["count"]
+        events.progress("quantizing", round(at - 1 + share, 2), count, "layers")
 
     class EventBar(tqdm.tqdm):  # type: ignore[misc]
-        """A bar that also says where it is, and at which layer."""
+        """A bar that also says where it is; the terminal and the log get the events instead."""
+
+        said = 0.0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with open(os.devnull, "w") as nothing:
+                super().__init__(*args, **{**kwargs, "file": nothing, "mininterval": 1e9})
 
         def update(self, n: float | None = 1) -> bool | None:
             shown: bool | None = super().update(n)
-            self._say()
+            self.say()
             return shown
 
         def __iter__(self) -> Any:
-            for item in super().__iter__():
+            for item in self.iterable:
                 yield item
-                self._say()
+                self.n += 1
+                self.say()
 
-        def _say(self) -> None:
-            if time.monotonic() - getattr(self, "_said", 0.0) < 0.2:
-                return
-            self._said = time.monotonic()
-            layer = re.match(r"\((\d+)/(\d+)\): (\w+)", self.desc or "")
-            if layer:
-                at, count, verb = int(layer[1]), int(layer[2]), layer[3].lower()
-                share = self.n / self.total if self.total else 0.0
-                half = 0.0 if verb == "calibrating" else 0.5
-                events.progress("layers", round(at - 1 + half + share / 2, 2), count, "layers")
-            elif self.total:
-                events.progress(self.desc or "quantizing", self.n, self.total)
+        def say(self) -> None:
+            if time.monotonic() - EventBar.said >= SAY_SECONDS:
+                EventBar.said = time.monotonic()
+                say(self)
 
     for name in ("pipelines.sequential.pipeline", "pipelines.basic.pipeline"):
         module = importlib.import_module(f"llmcompressor.{name}")

@@ -1,4 +1,4 @@
-"""Makes a small random checkpoint unlike the shipped one; runs inside the llmcompressor environment.
+"""Makes a small random checkpoint unlike the shipped one, inside the llmcompressor environment.
 
 Qwen3 (query and key norms, tied embeddings), several shards, byte-level BPE, ChatML.
 Usage: make_checkpoint.py OUTPUT_FOLDER TEXT_FILE

@@ -1,4 +1,4 @@
-"""Another architecture, sharded, with another kind of tokenizer: the same command, a copied recipe."""
+"""Another architecture, sharded, with another kind of tokenizer, goes through the same command."""
 
 from __future__ import annotations
 

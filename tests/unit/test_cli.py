@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -154,4 +153,4 @@ def test_store_commands_on_an_empty_store(quantize, tmp_path: Path) -> None:  # 
     verified = quantize("store", "verify", "--store", store)
     assert (verified.code, verified.out) == (0, "0 artifacts verified, 0 problems\n")
     assert quantize("store", "gc", "--store", store).code == 0
-    assert not os.path.exists(store)
+    assert not Path(store).exists()
