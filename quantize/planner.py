@@ -115,7 +115,8 @@ def _why_missing(entry: StageEntry, recipe_name: str, store: Store) -> tuple[str
         manifest
         for manifest in store.manifests(entry.kind)
         if manifest.recipe == recipe_name
-        and len(set(manifest.key_inputs["inputs"].values())) == len(set(entry.inputs.values()))
+        and len(set(manifest.key_inputs.get("inputs", {}).values()))
+        == len(set(entry.inputs.values()))
     ]
     if not earlier:
         return "missing", "not made yet"
