@@ -85,7 +85,7 @@ def reap() -> dict[int, int]:
 
 
 def main() -> None:
-    """Run the command; exit with its status, or 128 + signal."""
+    """Run the command; exit with its status, 128 + signal, or as a shell when it does not start."""
     parent, grace_seconds, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     if os.getpid() != os.getsid(0):
         os.setsid()
@@ -100,7 +100,13 @@ def main() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:  # it died before the prctl
         sys.exit(1)
-    child = subprocess.Popen(command, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    try:
+        child = subprocess.Popen(
+            command, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        )
+    except OSError as error:
+        print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+        sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
     status = None
     while status is None and not stop:
         status = reap().get(child.pid)
