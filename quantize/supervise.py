@@ -51,37 +51,34 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def signal_all(number: signal.Signals) -> bool:
-    """Send a signal to every descendant; False when there is none left."""
-    pids = descendants(os.getpid())
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
-    return bool(pids)
-
-
 def end_all(grace_seconds: float) -> None:
-    """SIGTERM, wait, SIGKILL, until no descendant is left."""
-    if not signal_all(signal.SIGTERM):
-        return
+    """SIGTERM to all descendants, newcomers too; SIGKILL after the grace period; until none is left.
+
+    The process table changes while it is read, so an empty reading proves nothing. That the kernel
+    knows no child of ours does: whoever loses its parent becomes our child (subreaper).
+    """
     deadline = time.monotonic() + grace_seconds
-    while descendants(os.getpid()):
-        reap()
-        if time.monotonic() > deadline:
-            signal_all(signal.SIGKILL)
-        time.sleep(0.05)
+    asked: set[int] = set()
+    while reap({}):
+        late = time.monotonic() > deadline
+        for pid in descendants(os.getpid()):
+            if late or pid not in asked:
+                asked.add(pid)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        time.sleep(0.02)
 
 
-def reap() -> dict[int, int]:
-    """Collect children that have ended, adopted ones too: pid → wait status."""
-    ended = {}
-    with contextlib.suppress(ChildProcessError):
-        while True:
+def reap(ended: dict[int, int]) -> bool:
+    """Collect children that have ended, adopted ones too, as pid → wait status; is any left?"""
+    while True:
+        try:
             pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            ended[pid] = status
-    return ended
+        except ChildProcessError:
+            return False
+        if pid == 0:
+            return True
+        ended[pid] = status
 
 
 def main() -> None:
@@ -107,14 +104,14 @@ def main() -> None:
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
         sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
-    status = None
-    while status is None and not stop:
-        status = reap().get(child.pid)
+    ended: dict[int, int] = {}
+    while child.pid not in ended and not stop:
+        reap(ended)
         time.sleep(0.02)
     end_all(grace_seconds)
-    if status is None:
+    if child.pid not in ended:
         sys.exit(128 + stop[0])
-    code = os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(ended[child.pid])
     sys.exit(code if code >= 0 else 128 - code)
 
 
