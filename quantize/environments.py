@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from quantize.errors import ResourceError, UsageError
 from quantize.keys import digest
@@ -81,8 +81,8 @@ def cache_folder() -> Path:
     """`QUANTIZE_CACHE`, or the user's cache folder."""
     root = os.environ.get("QUANTIZE_CACHE")
     if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "quantize"
+        return Path(root).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quantize"
 
 
 class Environments:
@@ -113,7 +113,8 @@ class Environments:
         """Whether it is complete (or the user's own)."""
         if name in self.overrides:
             return self.overrides[name].exists()
-        return (self.folder(name) / MARK).is_file()
+        # The interpreter is a link to one outside, which may have been removed since.
+        return (self.folder(name) / MARK).is_file() and self.python(name).exists()
 
     def python(self, name: str) -> Path:
         """The interpreter; the environment must be installed."""
@@ -129,6 +130,7 @@ class Environments:
         if not link.is_symlink() or link.readlink() != package:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+            temporary.unlink(missing_ok=True)
             temporary.symlink_to(package)
             temporary.replace(link)
         return folder
@@ -146,7 +148,13 @@ class Environments:
         if self.installed(name):
             return self.python(name)
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.with_name(f".{final.name}.lock")):
+        lock = FileLock(final.with_name(f".{final.name}.lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            progress.note(f"environment {name} is being installed by another process; waiting")
+            held = lock.acquire()
+        with held:
             if not self.installed(name):
                 self._build(name, final, progress, log)
         return self.python(name)
@@ -194,7 +202,8 @@ class Environments:
             # PyPI has no CPU build of torch: a folder of wheels if pip was given one, otherwise
             # PyTorch's own index, which uv knows.
             if "PIP_FIND_LINKS" in os.environ:
-                variables["UV_FIND_LINKS"] = os.environ["PIP_FIND_LINKS"]
+                places = ",".join(os.environ["PIP_FIND_LINKS"].split())  # pip's list → uv's
+                variables["UV_FIND_LINKS"] = os.environ.get("UV_FIND_LINKS", places)
             elif "UV_FIND_LINKS" not in os.environ:
                 command += ["--torch-backend", "cpu"]
         with Process(command, log=log, env=variables) as process:
@@ -227,7 +236,9 @@ class Environments:
         """Import what the environment is for; the error's last lines, or an empty text."""
         code = "; ".join(f"import {name}" for name in environment.imports)
         with Process([str(python), "-P", "-c", code], log=log) as process:
-            return process.tail() if process.wait() != 0 else ""
+            if (status := process.wait()) == 0:
+                return ""
+            return process.tail() or f"importing {code!r} ended with exit code {status}"
 
 
 def written_bytes(pid: int) -> int:

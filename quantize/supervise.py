@@ -52,7 +52,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def end_all(grace_seconds: float) -> None:
-    """SIGTERM to all descendants, newcomers too; SIGKILL after the grace period; until none is left.
+    """SIGTERM to all descendants, newcomers too; SIGKILL after the grace period; to the last.
 
     The process table changes while it is read, so an empty reading proves nothing. That the kernel
     knows no child of ours does: whoever loses its parent becomes our child (subreaper).
