@@ -104,7 +104,8 @@ class Serving(TypedDict):
     output_tokens: int
     time_to_first_token_ms_median: float
     time_to_first_token_ms_p99: float
-    inter_token_latency_ms_median: float
+    # (latency - time to first token) / (tokens - 1): a stream may hand over several tokens at once
+    time_per_output_token_ms_median: float
     output_tokens_per_second: float
     requests_per_second: float
     kv_cache_tokens: NotRequired[int]

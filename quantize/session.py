@@ -199,14 +199,12 @@ def install(recipe: str | None, write: Write) -> Iterator[str]:
 
 
 def doctor() -> Iterator[tuple[str, str]]:
-    """(environment, what is wrong with it) for every environment of this machine."""
+    """(environment, what is wrong with it) for every installed environment."""
     here = environments()
     log = cache_folder() / "logs" / "doctor.log"
     for name, environment in sorted(ENVIRONMENTS.items()):
-        if not here.installed(name):
-            yield name, ""
-            continue
-        yield name, here.health_of(environment, here.python(name), log)
+        if here.installed(name):
+            yield name, here.health_of(environment, here.python(name), log)
 
 
 def collect_garbage(

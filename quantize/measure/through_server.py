@@ -216,7 +216,7 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
         **load.model_dump(mode="json"),  # type: ignore[typeddict-item]
         "time_to_first_token_ms_median": values["median_ttft_ms"],
         "time_to_first_token_ms_p99": values["p99_ttft_ms"],
-        "inter_token_latency_ms_median": values["median_itl_ms"],
+        "time_per_output_token_ms_median": values["median_tpot_ms"],
         "output_tokens_per_second": values["output_throughput"],
         "requests_per_second": values["request_throughput"],
         "prometheus": {name: metrics[name] for name in PROMETHEUS if name in metrics},

@@ -86,7 +86,7 @@ def _task_row(task: TaskDelta) -> Row:
 SERVING = (
     ("First token, median", "time_to_first_token_ms_median", "{:.1f} ms"),
     ("First token, p99", "time_to_first_token_ms_p99", "{:.1f} ms"),
-    ("Between tokens, median", "inter_token_latency_ms_median", "{:.1f} ms"),
+    ("Per output token, median", "time_per_output_token_ms_median", "{:.1f} ms"),
     ("Output tokens/s", "output_tokens_per_second", "{:.1f}"),
     ("Requests/s", "requests_per_second", "{:.2f}"),
     ("KV cache, tokens", "kv_cache_tokens", "{:,}"),

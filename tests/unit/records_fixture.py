@@ -195,7 +195,7 @@ def _served(record: dict[str, Any], side: Side) -> dict[str, Any]:
         "output_tokens": 64,
         "time_to_first_token_ms_median": 41.5,
         "time_to_first_token_ms_p99": 88.25,
-        "inter_token_latency_ms_median": 9.5,
+        "time_per_output_token_ms_median": 9.5,
         "output_tokens_per_second": side.tokens_per_second,
         "requests_per_second": 1.93,
         "kv_cache_tokens": 58_240,
