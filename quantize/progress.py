@@ -40,14 +40,17 @@ class Progress:
 
     view: View
     status_file: Path | None = None
-    _status: dict[str, Any] = field(default_factory=dict)
+    _status: dict[str, Any] = field(default_factory=dict)  # of the stage
+    _inside: dict[str, Any] = field(default_factory=dict)  # of the step inside it
     _written: float = 0.0
     _step: tuple[str, float, float] = ("", 0.0, 0.0)  # what, when it began, done when it began
+    _done: float = 0.0  # of the last step
 
     @contextmanager
     def stage(self, stage_id: str, index: int, count: int) -> Iterator[None]:
         """Everything reported inside belongs to this stage."""
         self._status = {"stage": stage_id, "position": f"{index}/{count}", "started": time.time()}
+        self._inside, self._step = {}, ("", 0.0, 0.0)
         self.view.stage(stage_id, f"{index}/{count}")
         self._write(force=True)
         yield
@@ -55,17 +58,17 @@ class Progress:
     def step(self, what: str, done: float, total: float, unit: str = "") -> None:
         """`done` of `total` `unit`s of `what`; the time left follows from the rate so far."""
         now = time.monotonic()
-        if self._step[0] != what or done < self._step[2]:
+        if self._step[0] != what or done < self._done:
             self._step = (what, now, done)
+        self._done = done
         elapsed, gained = now - self._step[1], done - self._step[2]
         eta = (total - done) * elapsed / gained if gained > 0 and total > 0 else -1.0
         self.view.step(what, done, total, unit, eta)
-        share = done / total if total > 0 else 0.0
-        self._status.update(
-            what=what, done=done, total=total, unit=unit, percent=round(100 * share)
-        )
+        self._inside = {"what": what, "done": done, "total": total, "unit": unit}
+        if total > 0:  # what is not known is not there
+            self._inside["percent"] = round(100 * done / total)
         if eta >= 0:
-            self._status["eta_seconds"] = round(eta)
+            self._inside["eta_seconds"] = round(eta)
         self._write(force=False)
 
     def note(self, text: str) -> None:
@@ -81,7 +84,7 @@ class Progress:
 
     def finish(self, state: str) -> None:
         """The last status: done, failed or interrupted."""
-        self._status = {"state": state}
+        self._status, self._inside = {"state": state}, {}
         self._write(force=True)
         self.view.close()
 
@@ -90,7 +93,8 @@ class Progress:
         if self.status_file is None or (not force and now - self._written < STATUS_SECONDS):
             return
         self._written = now
-        write_json(self.status_file, {"state": "running", "time": time.time(), **self._status})
+        status = {"state": "running", "time": time.time(), **self._status, **self._inside}
+        write_json(self.status_file, status)
 
 
 class LineView:
@@ -132,9 +136,9 @@ class BarView:
 
         self._console = console
         self._bars = RichProgress(
-            TextColumn("      {task.description}"),
+            TextColumn("      {task.description}", markup=False),  # names may hold brackets
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -149,14 +153,13 @@ class BarView:
 
     def step(self, what: str, done: float, total: float, unit: str, eta_seconds: float) -> None:
         """Move the bar."""
-        amount = f"{done:g}/{total:g} {unit}".strip() if total > 0 else f"{done:g} {unit}".strip()
         left = f" · {_duration(eta_seconds)} left" if eta_seconds >= 0 else ""
         self._bars.update(
             self._task,
             description=what,
             completed=done,
             total=total if total > 0 else None,
-            state=amount + left,
+            state=_amount(done, total, unit) + left,
             visible=True,
         )
 
@@ -171,8 +174,14 @@ class BarView:
 
 def describe(what: str, done: float, total: float, unit: str, eta_seconds: float) -> str:
     """``calibrating layers: 3/4 layers, 20 s left``."""
-    text = f"{what}: {done:g}/{total:g} {unit}" if total > 0 else f"{what}: {done:g} {unit}"
-    return text.rstrip() + (f", {_duration(eta_seconds)} left" if eta_seconds >= 0 else "")
+    left = f", {_duration(eta_seconds)} left" if eta_seconds >= 0 else ""
+    return f"{what}: {_amount(done, total, unit)}{left}"
+
+
+def _amount(done: float, total: float, unit: str) -> str:
+    counts = [done, total] if total > 0 else [done]
+    digits = 0 if all(count == int(count) for count in counts) else 2
+    return f"{'/'.join(f'{count:.{digits}f}' for count in counts)} {unit}".strip()
 
 
 def _duration(seconds: float) -> str:
