@@ -56,9 +56,12 @@ class Work:
         )
         return Finished(done.returncode, done.stdout, done.stderr)
 
-    def run(self, recipe: str | Path, *arguments: str) -> dict[str, Any]:
+    def run(
+        self, recipe: str | Path, *arguments: str, env: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """`quantize run RECIPE --json`, which must succeed; its result."""
-        done = self.quantize("run", str(recipe), "--store", str(self.store), "--json", *arguments)
+        store = ("--store", str(self.store))
+        done = self.quantize("run", str(recipe), *store, "--json", *arguments, env=env)
         assert done.code == 0, done.err + done.out
         return done.json()
 
