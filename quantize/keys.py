@@ -38,18 +38,19 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
     changes: list[str] = []
     for name in sorted({*old, *new}):
         path = f"{prefix}{name}"
-        before, after = old.get(name), new.get(name)
-        if before == after:
+        sides = [[side[name]] if name in side else [] for side in (old, new)]
+        if canonical(sides[0]) == canonical(sides[1]):
             continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changes += difference(before, after, path + ".")
+        if all(side and isinstance(side[0], Mapping) for side in sides):
+            changes += difference(old[name], new[name], path + ".")
         else:
-            changes.append(f"{path}: {_short(before)} → {_short(after)}")
+            shown = [_short(side[0]) if side else "absent" for side in sides]
+            changes.append(f"{path}: {shown[0]} → {shown[1]}")
     return changes
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is None else canonical(value)
-    if isinstance(value, str) and len(value) == 64:
+    if isinstance(value, str) and len(value) == 64:  # a digest
         return value[:12]
+    text = canonical(value)
     return text if len(text) <= 48 else text[:45] + "..."

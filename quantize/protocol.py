@@ -11,6 +11,7 @@ people; nothing parses it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -109,6 +110,14 @@ def load_result(path: str | Path) -> Result:
     return Result(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 
+def _kind(error: Exception) -> str:
+    """A full disk and exhausted memory, torch's too, are the machine's; nobody foresaw the rest."""
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    out_of_memory = out_of_memory or "can't allocate memory" in str(error)  # torch on a CPU
+    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "ResourceError" if out_of_memory or disk_full else "ToolError"
+
+
 def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
     """The whole life of a worker process: read, run, write; exit 0 only when it worked."""
     request_path, result_path = sys.argv[1:3]
@@ -121,7 +130,7 @@ def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
     except Exception as error:  # the log file has the traceback; the result has one line
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
-        result = Result(ok=False, kind="ToolError", message=message)
+        result = Result(ok=False, kind=_kind(error), message=message)
     write_json(result_path, asdict(result))
     sys.stdout.flush()
     sys.stderr.flush()

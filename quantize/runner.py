@@ -97,7 +97,7 @@ class Runner:
             yield
         finally:
             inside = sum(self.tool_seconds.values()) - counted
-            self.tool_seconds[label] = time.monotonic() - started - inside
+            self._spent(label, started + inside)
 
     def wait_until(
         self,
