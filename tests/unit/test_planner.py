@@ -1,0 +1,437 @@
+"""Which change of what gives which stages another key, and what the plan says of it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from quantize import planner
+from quantize.keys import digest
+from quantize.plan import Plan
+from quantize.planner import STAGES, plan, with_status
+from quantize.recipe_file import load_recipe
+from quantize.resolve import resolve
+from quantize.resources import shipped_root
+from quantize.stages.base import Resolved
+from quantize.store import Store
+
+TINY = shipped_root() / "recipes" / "tiny-llama-awq.yaml"
+ALL = (
+    "fetch", "calibrate", "compress", "audit", "measure-baseline", "measure-candidate", "compare",
+    "card", "publish",
+)  # fmt: skip
+CARD = {"card", "publish"}
+COMPARED = {"compare", *CARD}
+MEASURED = {"measure-baseline", "measure-candidate", *COMPARED}
+COMPRESSED = {"compress", "audit", "measure-candidate", *COMPARED}
+CALIBRATED = {"calibrate", *COMPRESSED}
+
+
+Tiny = Callable[..., Resolved]
+
+
+def locks(name: str) -> str:
+    return f"lock of {name}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "hashes.json"
+
+
+@pytest.fixture
+def tiny(cache: Path) -> Tiny:
+    def resolved(*overrides: str, recipe: Path = TINY, accelerator: str = "cpu") -> Resolved:
+        parsed = load_recipe(recipe, overrides)
+        return resolve(parsed, recipe, accelerator, online=False, cache_path=cache)
+
+    return resolved
+
+
+def keys(made: Plan) -> dict[str, str | None]:
+    return {entry.id: entry.key for entry in made.stages}
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    old, new = keys(before), keys(after)
+    assert list(old) == list(new)
+    return {name for name in old if old[name] != new[name]}
+
+
+def ids(made: Plan) -> tuple[str, ...]:
+    return tuple(entry.id for entry in made.stages)
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("quantize.scheme=W4A16", COMPRESSED),
+        ("quantize.group_size=64", COMPRESSED),
+        ("quantize.ignore=[lm_head, model.layers.0.mlp.down_proj]", COMPRESSED),
+        ("quantize.method=awq+gptq", COMPRESSED),
+        ("quantize.dampening=0.05", CARD),  # AWQ reads neither of the two
+        ("quantize.activation_order=none", CARD),
+        ("calibration.samples=64", CALIBRATED),
+        ("calibration.sequence_length=128", CALIBRATED),
+        ("calibration.packing=true", CALIBRATED),
+        ("calibration.seed=1", CALIBRATED),
+        ("calibration.split=test", CALIBRATED),
+        ("evaluate.margins.perplexity_ratio=1.2", COMPARED),
+        ("evaluate.margins.task_drop=0.2", COMPARED),
+        ("evaluate.suite=smoke", MEASURED),
+        ("serve.max_num_seqs=8", MEASURED),
+        ("serve.max_model_len=512", MEASURED),
+        ("serve.kv_cache_gib=2", MEASURED),
+        ("serve.enable_prefix_caching=false", MEASURED),
+        ("serve.gpu_memory_utilization=0.5", MEASURED),
+        ("serve.extra_args=[--swap-space, '0']", MEASURED),
+        ("serve.tensor_parallel_sizes=[1, 2]", CARD),  # preflight's alone
+        ("model.license=mit", CARD),
+        ("model.base=owner/name", CARD),
+        ("name=another-name", CARD),
+        ("publish.folder=out/elsewhere", {"publish"}),
+        ("environments.vllm.python=/usr/bin/python3", set()),  # through the lock digest, below
+    ],
+)
+def test_a_recipe_key_changes_the_stages_that_read_it(
+    change: str, expected: set[str], tiny: Tiny
+) -> None:
+    assert changed(plan(tiny(), locks), plan(tiny(change), locks)) == expected
+
+
+def test_options_of_gptq_change_gptq(tiny: Tiny) -> None:
+    gptq = shipped_root() / "recipes" / "tiny-llama-gptq.yaml"
+    before = plan(tiny(recipe=gptq), locks)
+    for change in ("quantize.dampening=0.05", "quantize.activation_order=none"):
+        assert changed(before, plan(tiny(change, recipe=gptq), locks)) == COMPRESSED
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model", set(ALL)),
+        ("calibration", CALIBRATED),
+        ("suite", MEASURED),
+        ("prompts", MEASURED),
+        ("text", MEASURED),
+        ("tasks", MEASURED),
+    ],
+)
+def test_contents_of_an_input_change_the_stages_that_read_it(
+    name: str, expected: set[str], tiny: Tiny
+) -> None:
+    resolved = tiny()
+    other = replace(resolved, digests={**resolved.digests, name: "0" * 64})
+    assert changed(plan(resolved, locks), plan(other, locks)) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [("vllm", MEASURED), ("lmeval", MEASURED), ("llmcompressor", CALIBRATED)],
+)
+def test_another_lock_changes_the_stages_that_run_in_it(
+    environment: str, expected: set[str], tiny: Tiny
+) -> None:
+    def newer(name: str) -> str:
+        return "newer" if name == environment else locks(name)
+
+    assert changed(plan(tiny(), locks), plan(tiny(), newer)) == expected
+
+
+def test_a_suite_without_tasks_needs_no_harness(tiny: Tiny) -> None:
+    resolved = tiny("evaluate.suite=smoke")
+    assert plan(resolved, locks).stage("measure-baseline").environments == ("vllm",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("fetch", set(ALL)),
+        ("calibrate", CALIBRATED),
+        ("compress", COMPRESSED),
+        ("audit", COMPRESSED - {"compress", "measure-candidate"}),
+        ("measure", MEASURED),
+        ("compare", COMPARED),
+        ("card", CARD),
+        ("publish", {"publish"}),
+    ],
+)
+def test_a_newer_version_of_a_stage_changes_it_and_what_follows(
+    kind: str, expected: set[str], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan(tiny(), locks)
+    monkeypatch.setattr(STAGES[kind], "VERSION", STAGES[kind].VERSION + 1)
+    assert changed(before, plan(tiny(), locks)) == expected
+
+
+def test_a_measurement_belongs_to_its_accelerator(tiny: Tiny) -> None:
+    assert changed(plan(tiny(), locks), plan(tiny(accelerator="cuda"), locks)) == MEASURED
+
+
+def test_what_has_no_effect_changes_no_key(tiny: Tiny, tmp_path: Path) -> None:
+    """Another file with other comments, at another place, with defaults written out."""
+    lines = [line for line in TINY.read_text().splitlines() if not line.startswith("#")]
+    other = tmp_path / "mine.yaml"
+    other.write_text("# mine\n" + "\n".join(lines) + "\n")
+    spelled = tiny("serve.tensor_parallel_size=1", "calibration.packing=false", recipe=other)
+    assert changed(plan(tiny(), locks), plan(spelled, locks)) == set()
+
+
+def test_the_baseline_is_shared_by_the_shipped_recipes(tiny: Tiny) -> None:
+    recipes = sorted((shipped_root() / "recipes").glob("tiny-*.yaml"))
+    assert len(recipes) > 3
+    baselines, candidates = set(), set()
+    for recipe in recipes:
+        made = keys(plan(tiny(recipe=recipe), locks))
+        baselines.add(made["measure-baseline"])
+        candidates.add(made["measure-candidate"])
+    assert len(baselines) == 1
+    assert len(candidates) == len(recipes)
+
+
+RECIPES = sorted(path.stem for path in (shipped_root() / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_plan_completely(name: str, tiny: Tiny) -> None:
+    made = plan(tiny(recipe=shipped_root() / "recipes" / f"{name}.yaml"), locks)
+    seen: set[str] = set()
+    for entry in made.stages:
+        assert set(entry.inputs.values()) <= seen, "a stage comes after its inputs"
+        seen.add(entry.id)
+        assert entry.key == digest(entry.key_inputs)
+        # what a manifest gives back is what went in: nothing changes by being written
+        assert json.loads(json.dumps(entry.key_inputs)) == entry.key_inputs
+    assert {"fetch", "compress", "audit", "card", "publish"} <= seen
+    assert plan(tiny(recipe=shipped_root() / "recipes" / f"{name}.yaml"), locks) == made
+
+
+# --- which stages --------------------------------------------------------------------------------
+
+
+def write_recipe(folder: Path, *blocks: str) -> Path:
+    path = folder / "recipe.yaml"
+    head = ["version: 1", "name: mine", "model: {source: examples/tiny_llama/instruct}"]
+    path.write_text("\n".join([*head, *map(textwrap.dedent, blocks)]) + "\n")
+    return path
+
+
+RTN = "quantize: {method: rtn, scheme: W4A16}"
+AWQ = "quantize: {method: awq}\ncalibration: {source: examples/tiny_llama/calibration.jsonl}"
+EVALUATE = "evaluate: {suite: tiny}"
+PUBLISH = "publish: {folder: out}"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "left_out"),
+    [
+        ([AWQ, EVALUATE, PUBLISH], set()),
+        ([RTN, EVALUATE, PUBLISH], {"calibrate"}),
+        (["quantize: {method: fp8}", EVALUATE, PUBLISH], {"calibrate"}),
+        (["quantize: {method: fp8, scheme: FP8_BLOCK}", EVALUATE, PUBLISH], {"calibrate"}),
+        ([AWQ, PUBLISH], {"measure-baseline", "measure-candidate", "compare"}),
+        ([AWQ, EVALUATE], {"publish"}),
+        ([RTN], {"calibrate", "measure-baseline", "measure-candidate", "compare", "publish"}),
+    ],
+)
+def test_stages_of_a_recipe(
+    blocks: list[str], left_out: set[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    made = plan(tiny(recipe=write_recipe(tmp_path, *blocks)), locks)
+    assert ids(made) == tuple(name for name in ALL if name not in left_out)
+    assert all(entry.key for entry in made.stages)
+    if "calibrate" in left_out:
+        assert "calibrate" not in made.stage("compress").inputs
+    if "publish" not in left_out:  # the gates must be askable
+        assert ("compare" in made.stage("publish").inputs) == ("compare" not in left_out)
+
+
+def test_a_calibration_block_that_nobody_reads_changes_nothing_made(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    block = "calibration: {source: examples/tiny_llama/calibration.jsonl}"
+    without = plan(tiny(recipe=write_recipe(tmp_path, RTN, EVALUATE, PUBLISH)), locks)
+    with_it = plan(tiny(recipe=write_recipe(tmp_path, RTN, EVALUATE, PUBLISH, block)), locks)
+    assert changed(without, with_it) <= CARD
+
+
+@pytest.mark.parametrize(
+    ("scheme", "accelerator", "noted"),
+    [
+        ("FP8_DYNAMIC", "cpu", False),
+        ("FP8_BLOCK", "cpu", True),
+        ("FP8_BLOCK", "cuda", False),
+    ],
+)
+def test_what_is_not_served_here_is_said(
+    scheme: str, accelerator: str, noted: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    block = f"quantize: {{method: fp8, scheme: {scheme}}}"
+    recipe = write_recipe(tmp_path, block, EVALUATE)
+    made = plan(tiny(recipe=recipe, accelerator=accelerator), locks)
+    assert bool(made.notes) == noted
+    if noted:
+        (note,) = made.notes
+        assert note.startswith("measure-candidate: the result is not served here: vLLM's CPU")
+        assert "measure-candidate" in ids(made)  # the rest of the run still works
+    nothing_measured = write_recipe(tmp_path, block)
+    assert plan(tiny(recipe=nothing_measured, accelerator=accelerator), locks).notes == ()
+
+
+def test_an_adapter_is_merged_in_an_environment(tiny: Tiny, tmp_path: Path) -> None:
+    alone = plan(tiny(), locks)
+    assert alone.stage("fetch").environments == ()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text(name)
+    resolved = tiny(f"model.adapter={tmp_path}")
+    merged = plan(resolved, locks)
+    assert merged.stage("fetch").environments == ("llmcompressor",)
+    assert changed(alone, merged) == set(ALL)
+    other = replace(resolved, digests={**resolved.digests, "adapter": "0" * 64})
+    assert changed(merged, plan(other, locks)) == set(ALL)
+
+
+# --- what cannot be known offline ----------------------------------------------------------------
+
+
+def test_an_unpinned_model_leaves_everything_pending(tiny: Tiny, tmp_path: Path) -> None:
+    made = with_status(plan(tiny("model.source=owner/name"), locks), Store(tmp_path))
+    assert {entry.status for entry in made.stages} == {"pending"}
+    assert {entry.key for entry in made.stages} == {None}
+    assert made.stage("fetch").reason == "its key is known when model is resolved"
+    assert made.stage("calibrate").reason == "its key is known after fetch"
+    assert made.stage("audit").reason == "its key is known after compress, fetch"
+    commit = "0123456789abcdef" * 2 + "01234567"
+    pinned = plan(tiny("model.source=owner/name", f"model.revision={commit}"), locks)
+    assert all(entry.key for entry in pinned.stages)
+
+
+def test_unpinned_data_leave_what_follows_pending(tiny: Tiny, tmp_path: Path) -> None:
+    made = with_status(plan(tiny("calibration.source=owner/data"), locks), Store(tmp_path))
+    assert {entry.id for entry in made.stages if entry.status == "pending"} == CALIBRATED
+    assert made.stage("calibrate").reason == "its key is known when calibration is resolved"
+    assert keys(made)["measure-baseline"] == keys(plan(tiny(), locks))["measure-baseline"]
+
+
+# --- status --------------------------------------------------------------------------------------
+
+
+def fill(store: Store, made: Plan, *stage_ids: str) -> None:
+    """Commit stages of a plan as an execution would."""
+    for entry in made.stages:
+        if entry.id in stage_ids:
+            assert entry.key is not None
+            with store.staging(entry.kind, entry.key) as staging:
+                store.commit(
+                    staging,
+                    key_inputs=entry.key_inputs,
+                    recipe=made.recipe_name,
+                    seconds={},
+                    versions={},
+                )
+
+
+def said(made: Plan, store: Store) -> dict[str, tuple[str, str]]:
+    return {entry.id: (entry.status, entry.reason) for entry in with_status(made, store).stages}
+
+
+def test_status_of_a_fresh_store(tiny: Tiny, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    assert set(said(plan(tiny(), locks), store).values()) == {("missing", "not made yet")}
+    assert not store.root.exists()  # planning writes nothing
+
+
+def test_status_says_what_is_done(tiny: Tiny, tmp_path: Path) -> None:
+    store, made = Store(tmp_path), plan(tiny(), locks)
+    fill(store, made, "fetch", "compress", "measure-baseline")
+    status = said(made, store)
+    done = {name for name, value in status.items() if value == ("done", "in the store")}
+    assert done == {"fetch", "compress", "measure-baseline"}
+    # of the same kind and recipe as the baseline's, but nothing earlier of its own
+    assert status["measure-candidate"] == ("missing", "not made yet")
+
+
+def test_status_says_what_changed(tiny: Tiny, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, plan(tiny(), locks), *ALL)
+    status = said(plan(tiny("quantize.scheme=W4A16"), locks), store)
+    assert [name for name in ALL if status[name][0] == "done"] == [
+        "fetch", "calibrate", "measure-baseline"
+    ]  # fmt: skip
+    assert status["compress"] == ("changed", 'scheme: "W4A16_ASYM" → "W4A16"')
+    old, new = (keys(plan(tiny(*x), locks))["compress"] for x in ((), ["quantize.scheme=W4A16"]))
+    assert old is not None
+    assert new is not None
+    assert status["measure-candidate"] == (
+        "changed",
+        f"inputs.model: {old[:12]} → {new[:12]}",
+    )
+
+
+def test_the_nearest_earlier_result_is_compared(tiny: Tiny, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, plan(tiny("calibration.seed=7", "calibration.samples=9"), locks), "calibrate")
+    fill(store, plan(tiny("calibration.seed=8"), locks), "calibrate")
+    assert said(plan(tiny(), locks), store)["calibrate"] == ("changed", "seed: 8 → 0")
+
+
+def test_many_changes_are_counted(tiny: Tiny, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    names = ("samples=1", "sequence_length=2", "packing=true", "seed=3", "split=x")
+    fill(store, plan(tiny(*(f"calibration.{name}" for name in names)), locks), "calibrate")
+    status, reason = said(plan(tiny(), locks), store)["calibrate"]
+    assert status == "changed"
+    assert reason == "packing: true → false; samples: 1 → 128; seed: 3 → 0; and 2 more"
+
+
+@pytest.mark.parametrize("change", ["code", "lock"])
+def test_status_names_code_and_locks(
+    change: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    fill(store, plan(tiny(), locks), "calibrate")
+    if change == "code":
+        version = STAGES["calibrate"].VERSION
+        monkeypatch.setattr(STAGES["calibrate"], "VERSION", version + 1)
+        assert (
+            said(plan(tiny(), locks), store)["calibrate"][1] == f"code: {version} → {version + 1}"
+        )
+    else:
+        reason = said(plan(tiny(), lambda name: "new"), store)["calibrate"][1]
+        assert reason == 'locks.llmcompressor: "lock of llmcompressor" → "new"'
+
+
+def test_another_recipe_is_no_earlier_result(tiny: Tiny, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, plan(tiny("name=other", "calibration.seed=5"), locks), "calibrate")
+    assert said(plan(tiny(), locks), store)["calibrate"] == ("missing", "not made yet")
+    fill(store, plan(tiny("name=other"), locks), "calibrate")  # the same contents are a hit
+    assert said(plan(tiny(), locks), store)["calibrate"] == ("done", "in the store")
+
+
+def test_a_mistake_in_a_stage_is_not_taken_for_pending(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, object]:
+        raise AttributeError("a bug")
+
+    broken = SimpleNamespace(VERSION=1, environments=lambda *_: (), key_inputs=key_inputs)
+    monkeypatch.setitem(STAGES, "audit", broken)
+    with pytest.raises(AttributeError):
+        plan(tiny(), locks)
+
+
+def test_every_stage_offers_what_the_planner_asks_for() -> None:
+    for kind, stage in planner.STAGES.items():
+        assert isinstance(stage, ModuleType), kind
+        assert isinstance(stage.VERSION, int)
+        assert callable(stage.run)
