@@ -12,6 +12,7 @@ import pytest
 from child_process import alive, helper, wait_until
 
 from quantize import process as module
+from quantize import supervise
 from quantize.process import SECRETS, TAIL_LINES, Process
 
 # A Python start costs more than a shell's, and the shell has traps.
@@ -245,6 +246,6 @@ def test_ending_twice_and_ending_what_has_ended(log: Path) -> None:
 def test_a_supervisor_without_its_pipeline_starts_nothing(log: Path, tmp_path: Path) -> None:
     """The pipeline died while the supervisor started: its parent is another process."""
     mark = tmp_path / "started"
-    supervisor = [sys.executable, "-I", "-S", module.quantize.supervise.__file__]
+    supervisor = [sys.executable, "-I", "-S", supervise.__file__]
     assert run([*supervisor, "1", "1", "touch", str(mark)], log)[0] == 1
     assert not mark.exists()

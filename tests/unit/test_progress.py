@@ -17,11 +17,11 @@ from quantize.protocol import Events
 
 
 class Clock:
-    """Stands where the module reads the time."""
+    """Stands in for the clock that measures spans."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def wait(self, seconds: float) -> None:
         self.now += seconds

@@ -299,7 +299,7 @@ def test_a_file_is_the_old_one_or_the_new_one(
     folder.mkdir()
     path = folder / "result.json"
     write_json(path, {"old": 1})
-    seen = []
+    seen: list[dict[str, Any]] = []
 
     def copied(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
