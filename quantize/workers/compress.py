@@ -154,8 +154,9 @@ def _report_progress(events: Events) -> None:
             share = CALIBRATED + (SEARCHED - CALIBRATED) * min(part, 1.0)
         else:
             return
-        at, count = layer["at"], layer["count"]
-        events.progress("quantizing", round(at - 1 + share, 2), count, "layers")
+        # The last part is the head behind the layers.
+        at, layers = layer["at"], max(layer["count"] - 1, 1)
+        events.progress("quantizing", round(min(at - 1 + share, layers), 2), layers, "layers")
 
     class EventBar(tqdm.tqdm):  # type: ignore[misc]
         """A bar that also says where it is; the terminal and the log get the events instead."""

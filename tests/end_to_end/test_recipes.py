@@ -133,6 +133,7 @@ def test_changed_byte_is_noticed(work: Work, results: Callable[[str], dict[str, 
 def test_static_fp8_is_made_and_not_served_on_cpu(work: Work) -> None:
     arguments = ["--set", "quantize.scheme=FP8", "--set", "name=tiny-llama-fp8-static"]
     arguments += ["--set", "publish.folder=out/static", "--set", "calibration.samples=32"]
+    arguments += ["--set", "calibration.sequence_length=256"]
     arguments += ["--set", "calibration.source=examples/tiny_llama/calibration.jsonl"]
     plan = work.quantize("plan", "tiny-llama-fp8", "--store", str(work.store), *arguments)
     assert plan.code == 0, plan.err
