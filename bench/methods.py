@@ -45,7 +45,7 @@ def row(method: str, scheme: str, store: Path) -> None:
     recipe = "tiny-llama-gptq"  # any of them: it has calibration data
     group = [] if scheme.startswith("W4") else ["quantize.group_size=null"]
     changes = [*group, f"quantize.method={method}", f"quantize.scheme={scheme}"]
-    changes += ["evaluate.suite=smoke", "publish.folder=null", "evaluate.margins={}"]
+    changes += ["evaluate.suite=perplexity", "publish.folder=null", "evaluate.margins={}"]
     command = [sys.executable, "-m", "quantize", "run", recipe, "--json", "--store", str(store)]
     command += [part for change in changes for part in ("--set", change)]
     done = subprocess.run(
