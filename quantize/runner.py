@@ -12,12 +12,14 @@ from typing import Any
 
 from quantize import errors
 from quantize.environments import Environments
-from quantize.errors import ResourceError, ToolError
+from quantize.errors import Interrupted, ResourceError, ToolError, TransientError
 from quantize.process import Process
 from quantize.progress import Progress
 from quantize.protocol import Request, load_result, write_json
 
 SIGKILLED = 128 + 9
+DYING_SECONDS = 5.0
+"""A server that breaks off its answers is given this long to be gone, and its log complete."""
 
 
 @dataclass
@@ -115,10 +117,7 @@ class Runner:
         while not ready():
             waited = time.monotonic() - started
             if (code := process.poll()) is not None:
-                error = _without_result(what, code, process)
-                if remedy := explain(process.output()):
-                    raise ResourceError(error.message, f"{remedy}; {error.hint}")
-                raise error
+                raise _ended(what, code, process, explain)
             if waited > seconds:
                 raise ResourceError(
                     f"{what}: not ready after {seconds:.0f} s:\n{process.tail()}",
@@ -128,6 +127,21 @@ class Runner:
             time.sleep(0.2)
         self._spent(what, started)
         return time.monotonic() - started
+
+    @contextmanager
+    def blaming(
+        self, process: Process, what: str, explain: Callable[[str], str | None]
+    ) -> Iterator[None]:
+        """A failure inside whose cause is that `process` dies is raised as what its log says."""
+        try:
+            yield
+        except (TransientError, ToolError) as error:
+            deadline = time.monotonic() + DYING_SECONDS
+            while not isinstance(error, Interrupted) and time.monotonic() < deadline:
+                if (code := process.poll()) is not None:
+                    raise _ended(what, code, process, explain) from error
+                time.sleep(0.1)
+            raise
 
     def _spent(self, what: str, started: float) -> None:
         seconds = time.monotonic() - started
@@ -150,6 +164,15 @@ class _Tail:
         self._offset += len(complete)
         for line in complete.splitlines():
             self._progress.event(json.loads(line))
+
+
+def _ended(
+    what: str, code: int, process: Process, explain: Callable[[str], str | None]
+) -> errors.QuantizeError:
+    """The error for a server that ended, with the remedy where `explain` knows one."""
+    error = _without_result(what, code, process)
+    remedy = explain(process.output())
+    return ResourceError(error.message, f"{remedy}; {error.hint}") if remedy else error
 
 
 def _without_result(what: str, code: int, process: Process) -> errors.QuantizeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ import httpx
 from quantize.errors import SourceError, ToolError, TransientError
 
 TIMEOUT_SECONDS = 600.0
+IMPOSSIBLE = -9999.0
+"""What vLLM writes for a log-probability of -inf, which JSON cannot hold."""
+NOT_A_NUMBER = (
+    "the server computes log-probabilities that are not numbers",
+    "the checkpoint's activations overflow or are NaN: look for damaged weights",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,11 @@ class Client:
         reply, _ = self._post("/tokenize", {"prompt": text, "add_special_tokens": special})
         return [int(token) for token in reply["tokens"]]
 
+    def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation as :meth:`chat` sends it, with all that the template adds."""
+        reply, _ = self._post("/tokenize", {"messages": list(messages)})
+        return [int(token) for token in reply["tokens"]]
+
     def score(self, tokens: Sequence[int], top_k: int) -> ScoredPrompt:
         """Log-probabilities of the tokens of a prompt, with the `top_k` best at each position."""
         body = {
@@ -95,6 +107,11 @@ class Client:
             tokens[1:], reply["choices"][0]["prompt_logprobs"][1:], strict=True
         ):
             logprobs.append(_finite(entry[str(token)]["logprob"]))
+            if logprobs[-1] <= IMPOSSIBLE:
+                raise ToolError(
+                    f"the server gives token {token} of the text a probability of zero",
+                    "its perplexity is infinite: look for damaged weights",
+                )
             ranked = sorted((v["rank"], int(k), v["logprob"]) for k, v in entry.items())
             top.append([(k, _finite(value)) for _, k, value in ranked[:top_k]])
         return ScoredPrompt(logprobs, top)
@@ -114,24 +131,29 @@ class Client:
         self._http.close()
 
     def _get(self, path: str) -> httpx.Response:
-        response = self._http.get(path)
-        response.raise_for_status()
-        return response
+        return self._ask("GET", path)
 
     def _post(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
         started = time.monotonic()
+        response = self._ask("POST", path, json={"model": self.model, **body})
+        return response.json(), time.monotonic() - started
+
+    def _ask(self, method: str, path: str, **body: Any) -> httpx.Response:
         try:
-            response = self._http.post(path, json={"model": self.model, **body})
+            response = self._http.request(method, path, **body)
         except httpx.HTTPError as error:
             raise TransientError(
                 f"the server stopped answering at {path}: {type(error).__name__}: {error}",
                 "run the same command again; finished parts are not repeated",
             ) from error
+        if response.status_code == 200:
+            return response
+        reason = _reason(response)
+        if "not JSON compliant" in reason:  # how vLLM 0.32 answers when a log-probability is NaN
+            raise ToolError(*NOT_A_NUMBER)
         if response.status_code == 400:
-            raise SourceError(f"the server refuses a request to {path}: {_reason(response)}")
-        if response.status_code != 200:
-            raise ToolError(f"{path} answered {response.status_code}: {_reason(response)}")
-        return response.json(), time.monotonic() - started
+            raise SourceError(f"the server refuses a request to {path}: {reason}")
+        raise ToolError(f"{path} answered {response.status_code}: {reason}")
 
 
 def _answer(reply: dict[str, Any], seconds: float, where: tuple[str, ...]) -> Answer:
@@ -149,12 +171,8 @@ def _answer(reply: dict[str, Any], seconds: float, where: tuple[str, ...]) -> An
 
 
 def _finite(value: float | None) -> float:
-    # vLLM writes -9999 where JSON cannot hold -inf; NaN arrives as null
-    if value is None or value != value:
-        raise ToolError(
-            "the server returned NaN log-probabilities",
-            "the checkpoint computes NaN: look for overflowing or damaged weights",
-        )
+    if value is None or not math.isfinite(value):
+        raise ToolError(*NOT_A_NUMBER)
     return value
 
 

@@ -21,11 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from quantize.errors import SourceError
+from quantize.errors import SourceError, ToolError
 from quantize.keys import digest, file_sha256
 from quantize.measure.client import Client, ScoredPrompt
 from quantize.recipe import PerplexityText
 from quantize.records import Perplexity
+
+MAX_NATS = 700.0
+"""exp() of more overflows; a uniform guess among a million tokens costs 14."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,23 @@ def measure(
     with ThreadPoolExecutor(concurrency) as pool:
         futures = [pool.submit(client.score, window.tokens, text.top_k) for window in windows]
         scored = []
-        for done, future in enumerate(futures, 1):
-            scored.append(future.result())
-            on_progress(done, len(windows))
+        try:
+            for done, future in enumerate(futures, 1):
+                scored.append(future.result())
+                on_progress(done, len(windows))
+        except BaseException:  # also when interrupted: the windows that wait are not asked any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     _save(output, windows, scored, text.top_k)
     total_nats = -math.fsum(value for prompt in scored for value in prompt.logprobs)
     tokens = sum(len(prompt.logprobs) for prompt in scored)
+    if total_nats / tokens > MAX_NATS:
+        raise ToolError(
+            f"the held-out text costs {total_nats / tokens:.0f} nats a token",
+            "no language model is as bad as that: look for damaged weights",
+        )
     return {
-        "text": path.name,
+        "text": path.name if path.name == Path(text.text).name else text.text,
         "text_sha256": file_sha256(path),
         "tokens_sha256": digest([[w.document, *w.tokens] for w in windows]),
         "documents": len({window.document for window in windows}),
@@ -77,16 +89,28 @@ def measure(
 def read_documents(path: Path, field: str) -> list[str]:
     """The `field` of a .jsonl file's rows, or a .txt file as one document."""
     if path.suffix != ".jsonl":
-        return [path.read_text(encoding="utf-8")]
-    documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            documents.append(str(json.loads(line)[field]))
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path}: not UTF-8: {error}", "convert the file to UTF-8") from error
+    documents = []
+    # Lines end at a line feed alone: JSON strings may hold the other separators that Unicode has.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[field]
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{path}:{number}: not an object with `{field}`: {error!r}",
                 "each line is one JSON object",
             ) from error
+        if not isinstance(text, str):
+            raise SourceError(
+                f"{path}:{number}: `{field}` is {json.dumps(text)[:40]}, not a text",
+                "correct the row, or name another column as perplexity.field",
+            )
+        documents.append(text)
     return documents
 
 
@@ -96,7 +120,7 @@ def cut(
     """Windows of the documents in order, and whether each begins with BOS."""
     plain = client.tokenize("a", special=False)
     special = client.tokenize("a", special=True)
-    bos = tuple(special[: len(special) - len(plain)]) if special[-len(plain) :] == plain else ()
+    bos = _before(special, plain)
     step = window - len(bos)
     windows: list[Window] = []
     for index, document in enumerate(documents):
@@ -110,6 +134,14 @@ def cut(
     if not windows:
         raise SourceError("the held-out text has no tokens", "give it documents with text")
     return windows[:limit], bool(bos)
+
+
+def _before(special: list[int], plain: list[int]) -> tuple[int, ...]:
+    """What the tokenizer adds in front of a text (it may add an end too)."""
+    for start in range(len(special) - len(plain) + 1):
+        if special[start : start + len(plain)] == plain:
+            return tuple(special[:start])
+    return ()
 
 
 def _save(

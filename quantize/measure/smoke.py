@@ -7,6 +7,7 @@ what the baseline says is decided by the compare stage, on both records.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,8 +18,10 @@ from quantize.records import Check, Smoke
 REPEATS = 6
 REPEATED_WORDS = 8
 COPIES = 8
-TEMPLATE_TOKENS = 32
-"""Room left for what a chat template adds around a prompt."""
+CHARACTERS = re.compile(r"([^\s]{1,4}?)\1{23,}")
+RULE = re.compile(r"[-=_*.~#|+]+")
+SEAM_TOKENS = 8
+"""Room left for tokens that join otherwise where the filler meets the prompt."""
 
 
 def measure(
@@ -79,7 +82,14 @@ def checks(prompt: Prompt, answer: Answer, special_tokens: Sequence[str]) -> lis
 
 
 def repetition(text: str) -> str:
-    """Say which group of one to eight words stands six or more times in a row, or nothing."""
+    """Say which group of one to eight words stands six or more times in a row, or nothing.
+
+    A group of one to four characters without a space that stands 24 or more times in a row is
+    found too: a broken kernel's output is a row of `!` as often as not. Rules (`----`) are text.
+    """
+    for found in CHARACTERS.finditer(text):
+        if not RULE.fullmatch(found[1]):
+            return f"{found[1]!r} stands {len(found[0]) // len(found[1])} times in a row"
     words = text.split()
     for size in range(1, REPEATED_WORDS + 1):
         groups = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
@@ -103,9 +113,13 @@ def _text(client: Client, prompt: Prompt) -> str:
     text = prompt.prompt if prompt.prompt is not None else prompt.messages[-1].content
     if prompt.filler is None or prompt.context_tokens is None:
         return text
-    others = sum(len(client.tokenize(m.content, special=True)) for m in prompt.messages[:-1])
-    own = len(client.tokenize(text, special=True)) + others + TEMPLATE_TOKENS
-    room = client.max_model_len() - prompt.max_tokens - own
+    if prompt.messages:
+        own = client.tokenize_chat([message.model_dump() for message in prompt.messages])
+    else:
+        own = client.tokenize(text, special=True)
+    room = client.max_model_len() - prompt.max_tokens - len(own) - SEAM_TOKENS
     length = min(prompt.context_tokens, room)
-    per_copy = len(client.tokenize(prompt.filler, special=False))
-    return " ".join([prompt.filler] * max(length // max(per_copy, 1), 1)) + "\n\n" + text
+    # With the space before it: some tokenizers count it.
+    copies = [len(client.tokenize(" ".join([prompt.filler] * n), special=False)) for n in (1, 2)]
+    per_copy = max(copies[1] - copies[0], copies[0], 1)
+    return " ".join([prompt.filler] * max(length // per_copy, 1)) + "\n\n" + text

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from quantize.measure import perplexity, smoke
 from quantize.measure.client import Client
 from quantize.measure.parts import Parts
 from quantize.model_files import read_json_object
-from quantize.process import Process
+from quantize.process import Process, hub_token
 from quantize.recipe import PerplexityText, Suite, TaskRef
 from quantize.recipe_file import load_prompts
 from quantize.records import MeasureRecord, Server, Serving
+from quantize.resolve import own_task_names
 from quantize.servers import SERVERS
 from quantize.servers.base import Launch
 from quantize.stages.base import StageContext
@@ -98,31 +99,12 @@ def _server(context: StageContext, suite: Suite) -> Iterator[Running]:
         seconds = context.runner.wait_until(
             process, client.healthy, "vLLM server", backend.START_SECONDS, backend.explain
         )
+        runner = context.runner
         try:
-            with context.runner.tool(label), _watch(process, client):
+            with runner.tool(label), runner.blaming(process, "vLLM server", backend.explain):
                 yield Running(client, process, launch.port, launch, seconds)
         finally:
             client.close()
-
-
-@contextmanager
-def _watch(process: Process, client: Client) -> Iterator[None]:
-    """Close the connections when the server dies, so that no request waits for its timeout."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            if process.poll() is not None:
-                client.close()
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _smoke(context: StageContext, running: Running) -> Any:
@@ -140,10 +122,11 @@ def _perplexity(context: StageContext, running: Running, concurrency: int) -> An
     text = suite.perplexity
     assert text is not None
     step = context.runner.progress.step
+    path = _text_file(context, text)
     return perplexity.measure(
         running.client,
         text,
-        _text_file(context, text),
+        path,
         context.work / "token_logprobs.npz",
         concurrency,
         lambda done, of: step("held-out text", done, of, "windows"),
@@ -155,8 +138,11 @@ def _text_file(context: StageContext, text: PerplexityText) -> Path:
     if "text" in context.resolved.paths:
         return context.resolved.paths["text"]
     output = context.work / "held-out.jsonl"
-    body = text.model_dump(mode="json") | {"output": str(output)}
-    context.runner.worker("lmeval", "texts", body, work=context.work, label="held-out-text")
+    commit = context.resolved.commit("text")
+    body = text.model_dump(mode="json") | {"output": str(output), "revision": commit}
+    context.runner.worker(
+        "lmeval", "texts", body, work=context.work, label="held-out-text", env=hub_token()
+    )
     return output
 
 
@@ -177,13 +163,14 @@ def _task(
     }
     # Own tasks read local files: their cache is ours, and no hub is asked.
     local = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(context.work / "datasets")}
+    own = own_tasks is not None and task.name in own_task_names(own_tasks)
     result = context.runner.worker(
         "lmeval",
         "evaluate",
         body,
         work=context.work,
         label=label,
-        env=local if own_tasks else {},
+        env=local if own else hub_token(),
     )
     return {
         "name": task.name,
@@ -255,11 +242,11 @@ def _special_tokens(model: Path) -> list[str]:
 
 
 def _take(context: StageContext, name: str, folder: Path) -> None:
-    """Move a finished part's file into the artifact; it stays in `work` for a later resume."""
+    """Copy a finished part's file into the artifact; it stays in `work` for a later resume."""
     source = context.work / name
     if not source.exists():
         raise SourceError(f"{source} is missing", "delete the folder and run the command again")
-    (folder / name).hardlink_to(source)
+    shutil.copyfile(source, folder / name)
 
 
 def _free_port() -> int:

@@ -20,7 +20,7 @@ NOT_ON_CPU = {
 KNOWN_FAILURES = (
     (r"CUDA out of memory", "lower serve.gpu_memory_utilization or serve.max_model_len"),
     (
-        r"No available memory for the cache blocks|larger than the (available|maximum) number of",
+        r"No available memory for the cache blocks|larger than the available KV cache",
         "raise serve.gpu_memory_utilization (CPU: serve.kv_cache_gib) or lower serve.max_model_len",
     ),
     (
@@ -28,11 +28,16 @@ KNOWN_FAILURES = (
         "lower serve.max_model_len to the checkpoint's own context length",
     ),
     (
-        r"is not divisible by .*tensor parallel|must be divisible by tensor parallel",
+        r"must be divisible by tensor parallel size",
         "choose a serve.tensor_parallel_size that divides the attention heads",
     ),
     (r"Free memory on device", "another process holds the GPU: end it, or lower the utilization"),
+    (
+        r"[Aa]ddress already in use",
+        "another program has taken the port: run the same command again",
+    ),
 )
+"""(pattern in the log, remedy), with the words of vLLM 0.32."""
 
 
 def command(launch: Launch) -> list[str]:
@@ -81,6 +86,6 @@ def explain(log: str) -> str | None:
 
 
 def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:
-    """Read the start-up line `GPU KV cache size: N tokens`, which the CPU build prints too."""
+    """Read the start-up line `GPU KV cache size: N tokens` (on a CPU, `CPU KV cache size`)."""
     found = re.search(r"KV cache size: ([\d,]+) tokens", log)
     return int(found[1].replace(",", "")) if found else None

@@ -18,8 +18,16 @@ from typing import Any
 import pytest
 from child_process import alive, wait_until
 
+from quantize import runner as runner_module
 from quantize.environments import Environments
-from quantize.errors import QuantizeError, ResourceError, SourceError, ToolError, TransientError
+from quantize.errors import (
+    Interrupted,
+    QuantizeError,
+    ResourceError,
+    SourceError,
+    ToolError,
+    TransientError,
+)
 from quantize.progress import LineView, Progress
 from quantize.protocol import (
     VERSION,
@@ -286,6 +294,46 @@ def test_a_server_that_never_answers_is_given_up_and_ended(bench: Bench) -> None
         wait_until(lambda: process.output() == "loading\n", "it to start")
         bench.runner.wait_until(process, lambda: False, "toy server", 0.01, explain)
     assert process.poll() is not None
+
+
+@pytest.mark.parametrize("failure", [TransientError("broke off"), ToolError("answered 500")])
+def test_a_failure_is_blamed_on_the_server_that_dies(failure: QuantizeError, bench: Bench) -> None:
+    with (
+        pytest.raises(
+            ResourceError, match="toy server ended with exit code 3:\ntoo much"
+        ) as caught,
+        server(bench, "sleep 0.1; echo too much; exit 3") as process,
+        bench.runner.blaming(process, "toy server", explain),
+    ):
+        raise failure  # the connection breaks before the process is gone
+    assert caught.value.hint.startswith("lower it; ")
+    assert caught.value.__cause__ is failure
+
+
+def test_a_failure_is_its_own_when_the_server_lives(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "DYING_SECONDS", 0.1)
+    failure = TransientError("broke off")
+    with (
+        pytest.raises(TransientError) as caught,
+        server(bench, "sleep 60") as process,
+        bench.runner.blaming(process, "toy server", explain),
+    ):
+        raise failure
+    assert caught.value is failure
+
+
+@pytest.mark.parametrize("failure", [Interrupted("stopped"), SourceError("refused"), ValueError()])
+def test_other_failures_are_nobody_elses(failure: Exception, bench: Bench) -> None:
+    with (
+        pytest.raises(type(failure)) as caught,
+        server(bench, "exit 3") as process,
+        bench.runner.blaming(process, "toy server", explain),
+    ):
+        process.wait()
+        raise failure
+    assert caught.value is failure
 
 
 # --- files ----------------------------------------------------------------------------------------
