@@ -18,10 +18,10 @@ from quantize.environments import (
     accelerator,
     cache_folder,
 )
-from quantize.errors import QuantizeError
+from quantize.errors import Interrupted, QuantizeError, ResourceError
 from quantize.execute import Outcome, execute, places, select
 from quantize.plan import Plan
-from quantize.planner import plan, with_status
+from quantize.planner import plan, with_stale, with_status
 from quantize.preflight import preflight
 from quantize.progress import BarView, LineView, Progress, View
 from quantize.protocol import write_json
@@ -65,10 +65,11 @@ class Session:
             cache_path=cache_folder() / "hashes.json",
             hash_limit_bytes=None if online else PLAN_HASH_LIMIT_BYTES,
         )
-        own = {name: Path(given.python) for name, given in parsed.environments.items()}
-        environments = Environments(here, cache_folder(), {str(k): v for k, v in own.items()})
+        own = {str(k): Path(v.python).expanduser() for k, v in parsed.environments.items()}
+        environments = Environments(here, cache_folder(), own)
         store = open_store(store_folder)
         made = with_status(plan(resolved, environments.lock_digest), store)
+        made = with_stale(made, store, resolved)
         return cls(resolved, environments, store, made)
 
     def run(
@@ -86,9 +87,10 @@ class Session:
                 for note in self.plan.notes:
                     progress.note(f"note: {note}")
             preflight(self.resolved, self.store.root, self._kinds_to_run(selected))
+            self.environments.check_overrides()
             execute(self.plan, self.resolved, self.store, runner, selected, outcome)
         except BaseException as error:
-            progress.finish("failed")
+            progress.finish("interrupted" if isinstance(error, Interrupted) else "failed")
             self._finish(folder, outcome, runner, started, error, as_json, write)
             raise
         progress.finish("done")
@@ -101,10 +103,14 @@ class Session:
 
     def _run_folder(self) -> Path:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        folder = (
-            self.store.root / ".runs" / f"{self.plan.recipe_name}-{stamp}-{time.time_ns() % 997}"
-        )
-        (folder / "logs").mkdir(parents=True)
+        unique = f"{time.time_ns() % 10**9:09d}"  # a sweep starts many in one second
+        folder = self.store.root / ".runs" / f"{self.plan.recipe_name}-{stamp}-{unique}"
+        try:
+            (folder / "logs").mkdir(parents=True)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write to the store: {error}", "name another place with --store"
+            ) from error
         return folder
 
     def _finish(
@@ -188,6 +194,7 @@ def install(recipe: str | None, write: Write) -> Iterator[str]:
         installed = session.environments
         names = sorted({name for entry in session.plan.stages for name in entry.environments})
     log = cache_folder() / "logs" / "environments.log"
+    installed.package_path()  # an image is built by root and run by others
     progress = Progress(_view(False, write))
     try:
         for name in names:
