@@ -247,7 +247,10 @@ def init(source: str, method: str, name: str | None, output: Path | None) -> Non
         return
     if output.exists():
         raise UsageError(f"{output} exists", "choose another --output, or remove the file")
-    output.write_text(text, encoding="utf-8")
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error}", "choose another --output") from error
     click.echo(f"wrote {output}; next: quantize plan {output}")
 
 

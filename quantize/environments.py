@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -39,8 +39,6 @@ class Environment:
     locks: Mapping[str, str]  # accelerator → file in envs/
     imports: tuple[str, ...]
     python: str = "3.11"  # what the locks were compiled for
-    excludes: tuple[str, ...] = ()  # distributions that must not be installed, by name
-    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 ENVIRONMENTS: dict[str, Environment] = {
@@ -55,8 +53,6 @@ ENVIRONMENTS: dict[str, Environment] = {
         "serves: vLLM",
         {"cpu": "vllm.cpu.lock", "cuda": "vllm.cuda.lock"},
         imports=("torch", "vllm"),
-        # Their CPU builds do not load beside this torch, and vLLM needs them for images only.
-        excludes=("torchvision", "torchaudio", "torchcodec"),
     ),
     "lmeval": Environment(
         "lmeval",
@@ -103,7 +99,7 @@ class Environments:
             return digest({"python": str(python), "distributions": found})
         environment = ENVIRONMENTS[name]
         lock = (FOLDER / environment.locks[self.accelerator]).read_text(encoding="utf-8")
-        return digest([lock, environment.excludes, environment.python])
+        return digest([lock, environment.python])
 
     def folder(self, name: str) -> Path:
         """Where the environment is, or would be."""
@@ -135,14 +131,19 @@ class Environments:
             temporary.replace(link)
         return folder
 
+    def check_overrides(self) -> None:
+        """Raise a ResourceError for a user's interpreter that is not there."""
+        for name, python in self.overrides.items():
+            if not python.exists():
+                raise ResourceError(
+                    f"environments.{name}.python: {python} does not exist",
+                    "correct the path in the recipe, or remove the block to use our own",
+                )
+
     def install(self, name: str, progress: Progress, log: Path) -> Path:
         """Make sure that the environment is there; its interpreter."""
         if name in self.overrides:
-            if not self.overrides[name].exists():
-                raise ResourceError(
-                    f"environments.{name}.python: {self.overrides[name]} does not exist",
-                    "correct the path in the recipe, or remove the block to use our own",
-                )
+            self.check_overrides()
             return self.overrides[name]
         final = self.folder(name)
         if self.installed(name):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantize.errors import GateError, UsageError
 from quantize.plan import Plan, StageEntry
-from quantize.planner import STAGES
+from quantize.planner import STAGES, stale
 from quantize.runner import Runner
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, Store
@@ -108,8 +108,7 @@ def find(entry: StageEntry, resolved: Resolved, store: Store) -> tuple[Artifact 
     if damage := store.damage(artifact):
         more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
         return None, f"damaged in the store: {damage[0]}{more}"
-    stale = getattr(STAGES[entry.kind], "stale", None)
-    if stale is not None and (why := stale(resolved, artifact)):
+    if why := stale(entry.kind, resolved, artifact):
         return None, why
     return artifact, ""
 

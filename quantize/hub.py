@@ -1,4 +1,4 @@
-"""The one place that talks to the Hub: revisions, cards, downloads, permissions.
+"""The one place that talks to the Hub: revisions, downloads, permissions.
 
 Pushing is in :mod:`quantize.hub_push`; the client and its errors are in :mod:`quantize.hub_client`.
 """
@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Access",
-    "CardMetadata",
     "RemoteFile",
     "access_from_environment",
-    "card_metadata",
     "download_snapshot",
     "endpoint",
     "git_blob_id",
@@ -68,17 +66,6 @@ class RemoteFile:
         if self.sha256 is not None:
             return file_sha256(path) == self.sha256
         return git_blob_id(path) == self.blob_id
-
-
-@dataclass(frozen=True)
-class CardMetadata:
-    """What a repository's card says of itself; None or empty where it says nothing."""
-
-    license: str | None
-    license_name: str | None
-    license_link: str | None
-    languages: tuple[str, ...]
-    base_models: tuple[str, ...]
 
 
 def resolve_revision(
@@ -122,25 +109,6 @@ def list_files(
         for entry in entries
         if isinstance(entry, RepoFile)
     }
-
-
-def card_metadata(access: Access, repo: str, commit: str | None = None) -> CardMetadata:
-    """Licence, languages and base models from the card of a model repository."""
-    api = client(access)
-    info = call(
-        access,
-        f"reading the card of {repo}",
-        lambda: api.model_info(repo, revision=commit, timeout=60),
-    )
-    data: Any = info.card_data
-    card: dict[str, Any] = data.to_dict() if data is not None else {}
-    return CardMetadata(
-        license=_text(card.get("license")),
-        license_name=_text(card.get("license_name")),
-        license_link=_text(card.get("license_link")),
-        languages=_texts(card.get("language")),
-        base_models=_texts(card.get("base_model")),
-    )
 
 
 def download_snapshot(
@@ -252,15 +220,6 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
         fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
         for pattern in patterns
     )
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if isinstance(item, str) and item)
 
 
 class _Watch:

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import subprocess
 from pathlib import Path
 
+import psutil
+
 
 def device_name(accelerator: str) -> str:
     """The GPU's name as the driver tells it, or the processor's with its core count."""
     if accelerator == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
-        names = [line.strip() for line in lines if line.strip()]
-        return f"{len(names)} × {names[0]}"
+        return _gpus()
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     model = found[1].strip() if found else platform.processor() or platform.machine()
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or its control group's limit if lower."""
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with contextlib.suppress(OSError, ValueError):  # absent, or the word "max"
+        return min(total, int(limit.read_text()))
+    return total
+
+
+def _gpus() -> str:
+    """The visible GPUs' count and name; without nvidia-smi (some containers) just `CUDA GPU`."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "CUDA GPU"
+    names = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return f"{len(names)} × {names[0]}" if names else "CUDA GPU"

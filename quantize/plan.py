@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Status = Literal["done", "missing", "changed", "pending", "skipped"]
+Status = Literal["done", "missing", "changed", "pending"]
 
 
 @dataclass(frozen=True)

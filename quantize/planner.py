@@ -10,7 +10,7 @@ from quantize.keys import difference, digest
 from quantize.plan import Plan, StageEntry
 from quantize.stages import audit, calibrate, card, compare, compress, fetch, measure, publish
 from quantize.stages.base import Resolved, Stage
-from quantize.store import Manifest, Store
+from quantize.store import Artifact, Manifest, Store
 
 STAGES: dict[str, Stage] = {
     kind: cast(Stage, module)
@@ -50,6 +50,22 @@ def with_status(plan: Plan, store: Store) -> Plan:
             status, reason = _why_missing(entry, plan.recipe_name, store)
             stages.append(replace(entry, status=status, reason=reason))  # type: ignore[arg-type]
     return replace(plan, stages=tuple(stages))
+
+
+def with_stale(plan: Plan, store: Store, resolved: Resolved) -> Plan:
+    """The same plan; finished stages that must be made again all the same are `changed`."""
+    stages = []
+    for entry in plan.stages:
+        artifact = store.get(entry.kind, entry.key) if entry.key is not None else None
+        why = stale(entry.kind, resolved, artifact) if artifact is not None else None
+        stages.append(replace(entry, status="changed", reason=why) if why else entry)
+    return replace(plan, stages=tuple(stages))
+
+
+def stale(kind: str, resolved: Resolved, artifact: Artifact) -> str | None:
+    """Why a finished artifact must be made again although its key is the same; see `Stage`."""
+    hook = getattr(STAGES[kind], "stale", None)
+    return hook(resolved, artifact) if hook is not None else None
 
 
 def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:

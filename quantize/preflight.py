@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-import psutil
-
 from quantize.checkpoint import Checkpoint, examine
 from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
 from quantize.findings import Finding, raise_findings
+from quantize.machine import memory_bytes
 from quantize.recipe import Recipe
 from quantize.source_checks import check_adapter, check_source, promised_bytes
 from quantize.stages.base import Resolved
@@ -125,7 +124,7 @@ def check_resources(
                 ResourceError,
             )
         )
-    memory = psutil.virtual_memory().total
+    memory = memory_bytes()
     if memory < in_bf16:
         findings.append(
             Finding(

@@ -101,6 +101,11 @@ class Process:
         self.end()
 
 
+def hub_token() -> dict[str, str]:
+    """The user's token, for the few children that read private or gated data from the Hub."""
+    return {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Our environment without secrets and without what would lead a child to our packages."""
     drop = SECRETS | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}

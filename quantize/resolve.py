@@ -128,6 +128,14 @@ def task_files(folder: Path, tasks: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
+def own_task_names(folder: Path) -> set[str]:
+    """Names of the tasks that the YAML files below `folder` define."""
+    found: set[str] = set()
+    for path in folder.rglob("*.yaml"):
+        found |= set(TASK_NAME.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return found
+
+
 @dataclass
 class _Inputs:
     """Collects digests and paths by input name."""

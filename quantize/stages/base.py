@@ -31,6 +31,12 @@ class Resolved:
     paths: Mapping[str, Path] = field(default_factory=dict)  # of local inputs, by the same names
     suite: Suite | None = None
 
+    def commit(self, name: str) -> str | None:
+        """The pinned commit of a Hub input, None for a local one; a KeyError if not resolved."""
+        if name in self.paths:
+            return None
+        return self.digests[name].rpartition("@")[2]
+
 
 @dataclass
 class StageContext:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantize.checkpoint import model_folder
+from quantize.process import hub_token
 from quantize.stages.base import Resolved, StageContext
 
 VERSION = 1
@@ -36,6 +37,7 @@ def run(context: StageContext) -> None:
     body = calibration.model_dump(mode="json") | {
         "source": str(path) if path else calibration.source,
         "hub": path is None,
+        "revision": context.resolved.commit("calibration"),
         "model": str(model_folder(context.inputs["fetch"])),
         "output": str(context.files),
     }
@@ -45,5 +47,5 @@ def run(context: StageContext) -> None:
         body,
         work=context.work,
         label="calibrate",
-        env={} if path is None else {"HF_HUB_OFFLINE": "1"},
+        env=hub_token() if path is None else {"HF_HUB_OFFLINE": "1"},
     )

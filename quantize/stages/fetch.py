@@ -99,12 +99,21 @@ def run(context: StageContext) -> None:
     else:
         card = card_metadata(folder)
         if source["kind"] == "hub":
-            os.replace(folder, context.files / "model")
+            # linked, not moved: a kill before the commit must not cost the download
+            shutil.copytree(folder, context.files / "model", copy_function=link_or_copy)
             folder = context.files / "model"
     write_json(
         context.files / "source.json",
         source | _facts(read_checkpoint(folder), card) | {"files": [asdict(e) for e in entries]},
     )
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Another name for the same file, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def hash_files(

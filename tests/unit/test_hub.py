@@ -368,20 +368,6 @@ def test_a_commit_needs_no_server() -> None:
     assert hub.resolve_revision(hub.Access("http://127.0.0.1:9"), "a/b", commit) == commit
 
 
-def test_what_a_card_says(tmp_path: Path) -> None:
-    with hub_server() as server:
-        publish(server, tmp_path)
-        found = hub.card_metadata(access(server), TARGET.repo)
-        bare = server.hub.create("model", "ann/bare", private=True)
-        nothing = hub.card_metadata(access(server), bare.id)
-    assert (found.license, found.languages, found.base_models) == (
-        "apache-2.0",
-        ("en",),
-        ("acme/base",),
-    )
-    assert nothing == hub.CardMetadata(None, None, None, (), ())
-
-
 def test_the_environment_names_endpoint_and_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://me:pw@127.0.0.1:1/")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
