@@ -139,7 +139,8 @@ class Runner:
             deadline = time.monotonic() + DYING_SECONDS
             while not isinstance(error, Interrupted) and time.monotonic() < deadline:
                 if (code := process.poll()) is not None:
-                    raise _ended(what, code, process, explain) from error
+                    end = _ended(what, code, process, explain)
+                    raise type(end)(f"{error.message}\n{end.message}", end.hint) from error
                 time.sleep(0.1)
             raise
 

@@ -299,15 +299,14 @@ def test_a_server_that_never_answers_is_given_up_and_ended(bench: Bench) -> None
 @pytest.mark.parametrize("failure", [TransientError("broke off"), ToolError("answered 500")])
 def test_a_failure_is_blamed_on_the_server_that_dies(failure: QuantizeError, bench: Bench) -> None:
     with (
-        pytest.raises(
-            ResourceError, match="toy server ended with exit code 3:\ntoo much"
-        ) as caught,
+        pytest.raises(ResourceError) as caught,
         server(bench, "sleep 0.1; echo too much; exit 3") as process,
         bench.runner.blaming(process, "toy server", explain),
     ):
         raise failure  # the connection breaks before the process is gone
+    expected = f"{failure.message}\ntoy server ended with exit code 3:\ntoo much"
+    assert caught.value.message == expected
     assert caught.value.hint.startswith("lower it; ")
-    assert caught.value.__cause__ is failure
 
 
 def test_a_failure_is_its_own_when_the_server_lives(
