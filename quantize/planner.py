@@ -57,7 +57,11 @@ def with_stale(plan: Plan, store: Store, resolved: Resolved) -> Plan:
     stages = []
     for entry in plan.stages:
         artifact = store.get(entry.kind, entry.key) if entry.key is not None else None
-        why = stale(entry.kind, resolved, artifact) if artifact is not None else None
+        why = None
+        if artifact is not None and hasattr(STAGES[entry.kind], "stale"):
+            damage = store.damage(artifact)  # a hook reads files that must be there
+            found = f"damaged in the store: {damage[0]}" if damage else None
+            why = found or stale(entry.kind, resolved, artifact)
         stages.append(replace(entry, status="changed", reason=why) if why else entry)
     return replace(plan, stages=tuple(stages))
 

@@ -170,8 +170,8 @@ def test_another_lock_is_another_folder(toy: Toy, monkeypatch: pytest.MonkeyPatc
     toy.lock("toy==1.0\n")
     assert toy.environments.installed("toy")
     assert toy.environments.python("toy") == python
-    changed = Environment("toy", "?", {"cpu": "toy.lock"}, ("toy",), "3.12", ("torchvision",))
-    monkeypatch.setitem(module.ENVIRONMENTS, "toy", changed)
+    other = Environment("toy", "tests", {"cpu": "toy.lock"}, ("toy",), python="3.12")
+    monkeypatch.setitem(module.ENVIRONMENTS, "toy", other)
     assert toy.environments.lock_digest("toy") != digest
 
 
@@ -293,13 +293,15 @@ def test_an_override_is_used_as_it_is(toy: Toy) -> None:
     assert own.install("toy", Progress(toy.view), toy.log) == own.python("toy")
     assert toy.view.lines == toy.view.steps == []
     assert own.lock_digest("toy") != toy.environments.lock_digest("toy")
+    own.check_overrides()
 
 
 def test_an_override_that_is_not_there(toy: Toy) -> None:
     own = Environments("cpu", toy.folder, {"toy": toy.folder / "python"})
     assert not own.installed("toy")
-    with pytest.raises(ResourceError, match=r"environments\.toy\.python: .* does not exist"):
-        own.install("toy", Progress(toy.view), toy.log)
+    for ask in (own.check_overrides, lambda: own.install("toy", Progress(toy.view), toy.log)):
+        with pytest.raises(ResourceError, match=r"environments\.toy\.python: .* does not exist"):
+            ask()
 
 
 def test_what_an_override_holds_is_part_of_its_digest(toy: Toy) -> None:

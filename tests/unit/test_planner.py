@@ -13,13 +13,13 @@ import pytest
 
 from quantize import planner
 from quantize.keys import digest
-from quantize.plan import Plan
-from quantize.planner import STAGES, plan, with_status
+from quantize.plan import Plan, StageEntry
+from quantize.planner import STAGES, plan, with_stale, with_status
 from quantize.recipe_file import load_recipe
 from quantize.resolve import resolve
 from quantize.resources import shipped_root
 from quantize.stages.base import Resolved
-from quantize.store import Store
+from quantize.store import Artifact, Store
 
 TINY = shipped_root() / "recipes" / "tiny-llama-awq.yaml"
 ALL = (
@@ -408,6 +408,36 @@ def test_status_names_code_and_locks(
     else:
         reason = said(plan(tiny(), lambda name: "new"), store)["calibrate"][1]
         assert reason == 'locks.llmcompressor: "lock of llmcompressor" → "new"'
+
+
+def test_what_a_hook_calls_stale_is_changed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, resolved = Store(tmp_path), tiny()
+    made = plan(resolved, locks)
+    asked = []
+
+    def stale(given: Resolved, artifact: Artifact) -> str:
+        asked.append(artifact.manifest.key)
+        return "somebody changed it"
+
+    monkeypatch.setattr(STAGES["publish"], "stale", stale)
+    monkeypatch.delattr(STAGES["fetch"], "stale")
+
+    def publish() -> StageEntry:
+        return with_stale(with_status(made, store), store, resolved).stage("publish")
+
+    assert publish().status == "missing"  # and no hook is asked of what is not there
+    fill(store, made, "fetch", "publish")
+    assert (publish().status, publish().reason) == ("changed", "somebody changed it")
+    assert set(asked) == {keys(made)["publish"]}
+    (store.path("publish", asked[0]) / "extra").write_text("")  # no hook reads a damaged artifact
+    asked.clear()
+    assert (publish().status, publish().reason) == (
+        "changed",
+        "damaged in the store: extra was added",
+    )
+    assert asked == []
 
 
 def test_another_recipe_is_no_earlier_result(tiny: Tiny, tmp_path: Path) -> None:

@@ -119,6 +119,14 @@ def test_secrets_and_our_python_stay_here(log: Path, monkeypatch: pytest.MonkeyP
     assert "PYTHONPATH=/worker\n" in output
 
 
+def test_the_token_is_handed_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert module.hub_token() == {"HF_TOKEN": "secret"}
+    for unset in ("", None):
+        monkeypatch.delenv("HF_TOKEN") if unset is None else monkeypatch.setenv("HF_TOKEN", unset)
+        assert module.hub_token() == {}
+
+
 def test_leaving_the_block_asks_the_child_to_end(log: Path) -> None:
     script = f"trap 'echo asked; exit 3' TERM; echo $$; {SLEEP} & wait"
     with Process(shell(script), log=log) as process:
