@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from quantize.errors import GateError, UsageError
+from quantize.errors import GateError, ResourceError, UsageError
 from quantize.plan import Plan, StageEntry
 from quantize.planner import STAGES, stale
 from quantize.runner import Runner
@@ -92,11 +94,28 @@ def execute(
         with runner.progress.stage(entry.id, index, len(plan.stages)):
             if reason and entry.status != "missing":
                 runner.progress.note(reason)
-            stage, artifact = _run_stage(entry, plan, resolved, store, runner, outcome.artifacts)
+            with _room(entry.id):
+                stage, artifact = _run_stage(
+                    entry, plan, resolved, store, runner, outcome.artifacts
+                )
         outcome.artifacts[entry.id] = artifact
         outcome.stages.append(replace(stage, reason=reason))
     if "compare" in selected:
         gate(outcome.artifacts)
+
+
+@contextmanager
+def _room(stage_id: str) -> Iterator[None]:
+    """A full disk is not a bug of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"stage {stage_id}: the disk is full: {error}",
+            "free some with `quantize store gc`, or name another place with --store",
+        ) from error
 
 
 def find(entry: StageEntry, resolved: Resolved, store: Store) -> tuple[Artifact | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import pytest
 from child_process import ROOT, helper
 
 from quantize.environments import Environments
-from quantize.errors import GateError, UsageError
+from quantize.errors import GateError, ResourceError, UsageError
 from quantize.execute import Outcome, execute, places, select
 from quantize.keys import digest
 from quantize.plan import Plan, StageEntry
@@ -342,6 +343,25 @@ def test_a_failing_stage_leaves_the_earlier_ones(bench: Bench) -> None:
     bench.toys["compare"].before = resume
     assert bench.run().ran == ["compare", "card", "publish"]
     assert seen == {"work": "done", "files": []}
+
+
+def test_a_full_disk_is_no_bug(bench: Bench) -> None:
+    def fill_up(context: StageContext) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "weights")
+
+    bench.toys["compress"].before = fill_up
+    with pytest.raises(
+        ResourceError, match="stage compress: the disk is full.*'weights'"
+    ) as caught:
+        bench.run()
+    assert "store gc" in caught.value.hint
+
+    def missing(context: StageContext) -> None:
+        raise FileNotFoundError("a bug")
+
+    bench.toys["compress"].before = missing
+    with pytest.raises(FileNotFoundError):
+        bench.run()
 
 
 # --- gates ------------------------------------------------------------------------------------
