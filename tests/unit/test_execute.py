@@ -351,7 +351,7 @@ def test_a_full_disk_is_no_bug(bench: Bench) -> None:
 
     bench.toys["compress"].before = fill_up
     with pytest.raises(
-        ResourceError, match="stage compress: the disk is full.*'weights'"
+        ResourceError, match=r"stage compress: the disk is full.*'weights'"
     ) as caught:
         bench.run()
     assert "store gc" in caught.value.hint
