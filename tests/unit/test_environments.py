@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -222,9 +223,11 @@ print("done", python, flush=True)
 
 def importer(log: Path) -> int:
     """The process that imports `toy` and waits there; the environment is all but finished."""
-    wait_until(lambda: log.exists() and log.read_text().endswith("\n"), "the import to begin")
-    wait_until(lambda: "importing" in log.read_text(), "the import to begin")
-    return int(log.read_text().split("importing")[1].split()[0])
+    said = re.compile(r"importing (\d+)\n")
+    wait_until(lambda: log.exists() and said.search(log.read_text()), "the import to begin")
+    found = said.search(log.read_text())
+    assert found
+    return int(found[1])
 
 
 def test_a_killed_install_is_no_environment(toy: Toy) -> None:

@@ -221,11 +221,14 @@ def test_nothing_survives_kill_9_of_the_pipeline(how: str, log: Path) -> None:
 
 
 def test_a_child_dies_with_its_supervisor(log: Path) -> None:
-    with Process(shell(f"trap '' TERM; echo $$; {SLEEP}"), log=log) as process:
-        (pid,) = pids(log, 1)
+    script = f"trap '' TERM; {DETACHED['in the background']}\n echo $$; exec {SLEEP}"
+    with Process(shell(script), log=log) as process:
+        grandchild, child = pids(log, 2)
         os.kill(process.pid, signal.SIGKILL)
-        wait_until(lambda: not alive(pid), "the child to die")
+        wait_until(lambda: not alive(child), "the child to die")
         assert process.wait() == -signal.SIGKILL
+        assert alive(grandchild)  # nobody is left to end it but the pipeline
+    wait_until(lambda: not alive(grandchild), "the grandchild to die")
 
 
 def test_ctrl_c_at_the_terminal_is_for_the_pipeline_alone(log: Path) -> None:
