@@ -78,7 +78,8 @@ def cache_folder() -> Path:
     root = os.environ.get("QUANTIZE_CACHE")
     if root:
         return Path(root).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quantize"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home.absolute() / "quantize"
 
 
 class Environments:
@@ -176,34 +177,45 @@ class Environments:
         staging.rename(final)
         progress.note(f"environment {name} is ready after {seconds:.0f} s")
 
+    def _uv(self, command: str) -> list[str]:
+        """The start of a uv command; it runs in the cache, so no project's settings are read."""
+        return [uv(), "--directory", str(self.cache), command]
+
     def _create(
         self, environment: Environment, staging: Path, progress: Progress, log: Path
     ) -> None:
         # Scripts with relative shebangs, because the folder is renamed.
-        command = [uv(), "venv", "--no-project", "--relocatable", "--quiet", str(staging)]
+        command = [*self._uv("venv"), "--relocatable", "--quiet", str(staging)]
+        wanted = f"Python {environment.python}"
         with Process([*command, "--python", environment.python], log=log) as process:
             if process.wait() == 0:
                 return
-        # No such Python here and none to download: the lock's pins usually fit the running one.
-        progress.note(f"Python {environment.python} not found, using {sys.version.split()[0]}")
-        with Process([*command, "--python", sys.executable], log=log) as process:
-            if process.wait() != 0:
-                raise ResourceError(
-                    f"cannot create environment {environment.name}:\n{process.tail()}",
-                    f"install Python {environment.python} (uv python install {environment.python})",
-                )
+            reason = process.tail()
+        if "No interpreter found" in reason:
+            # None here and none to download: the lock's pins usually fit the running one.
+            progress.note(f"{wanted} not found, using {sys.version.split()[0]}")
+            with Process([*command, "--python", sys.executable], log=log) as process:
+                if process.wait() == 0:
+                    return
+                reason = process.tail()
+        raise ResourceError(
+            f"cannot create environment {environment.name} for {wanted}:\n{reason}",
+            f"install it (uv python install {environment.python}), or see the lines above",
+        )
 
     def _sync(self, environment: Environment, staging: Path, progress: Progress, log: Path) -> None:
         lock = FOLDER / environment.locks[self.accelerator]
         total = sum(1 for line in lock.read_text().splitlines() if "==" in line and line[0] != " ")
-        command = [uv(), "pip", "install", "--python", str(staging / "bin" / "python")]
+        command = [*self._uv("pip"), "install", "--python", str(staging / "bin" / "python")]
         command += ["--requirements", str(lock), "--no-deps"]
         variables = {}
         if self.accelerator == "cpu":
             # PyPI has no CPU build of torch: a folder of wheels if pip was given one, otherwise
             # PyTorch's own index, which uv knows.
             if "PIP_FIND_LINKS" in os.environ:
-                places = ",".join(os.environ["PIP_FIND_LINKS"].split())  # pip's list → uv's
+                # pip's list → uv's; relative places are ours, not the cache folder's
+                found = os.environ["PIP_FIND_LINKS"].split()
+                places = ",".join(str(Path(p).absolute()) if Path(p).exists() else p for p in found)
                 variables["UV_FIND_LINKS"] = os.environ.get("UV_FIND_LINKS", places)
             elif "UV_FIND_LINKS" not in os.environ:
                 command += ["--torch-backend", "cpu"]

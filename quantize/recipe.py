@@ -334,7 +334,8 @@ class Prompt(Block):
     """One smoke prompt and what its answer must satisfy. Answers are greedy (temperature 0).
 
     Checks without a baseline: `not_empty` (something but white space), `valid_utf8` (no U+FFFD),
-    `no_repetition` (no group of one to eight words stands six or more times in a row),
+    `no_repetition` (no group of one to eight words stands six or more times in a row, and none of
+    one to four characters 24 or more times),
     `no_template_echo` (no special token of the tokenizer in the text), `finishes` (the server says
     `stop`, not `length`), and every text of `contains`.
     """

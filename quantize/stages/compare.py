@@ -139,7 +139,7 @@ def _add_tasks(
 
 def _samples(side: Artifact, task: str) -> list[dict[str, Any]]:
     text = side.file(f"samples/{task}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _miss_one_side(record: CompareRecord, what: str, in_before: bool, in_after: bool) -> None:

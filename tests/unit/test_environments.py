@@ -193,6 +193,16 @@ def test_what_does_not_work_is_not_installed(lock: str, message: str, toy: Toy) 
     assert not toy.final.exists()
 
 
+def test_settings_of_the_project_around_are_not_read(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = toy.folder / "project"
+    project.mkdir()
+    (project / "uv.toml").write_text('find-links = ["/nowhere"]\nno-such-setting = true\n')
+    monkeypatch.chdir(project)
+    assert toy.install().exists()
+
+
 def test_the_running_python_stands_in_for_one_that_is_not_there(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
