@@ -134,7 +134,7 @@ def show_plan(session: Any, as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Every environment.")
 def setup(recipe: str | None, everything: bool) -> None:
     """Install the environments that RECIPE needs (or --all). `run` does it on first use."""
-    from quantize.session import install
+    from quantize.housekeeping import install
 
     if bool(recipe) == everything:
         raise UsageError("name a recipe, or --all", "quantize setup tiny-llama-awq")
@@ -151,8 +151,8 @@ def env() -> None:
 @env.command("list")
 def env_list() -> None:
     """List the environments: purpose, lock, where it is, whether it is installed."""
+    from quantize.housekeeping import environments
     from quantize.report.tables import environments_table, render
-    from quantize.session import environments
 
     click.echo(render(environments_table(environments())), nl=False)
 
@@ -160,7 +160,7 @@ def env_list() -> None:
 @env.command("doctor")
 def env_doctor() -> int:
     """Import in every installed environment what it is for; exit 4 when one is broken."""
-    from quantize.session import doctor
+    from quantize.housekeeping import doctor
 
     broken = 0
     for name, problem in doctor():
@@ -211,9 +211,9 @@ def store_verify(store_folder: Path | None) -> int:
 @click.option("--keep", "recipes", multiple=True, metavar="RECIPE", help="Keep what it uses.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 def store_gc(store_folder: Path | None, recipes: tuple[str, ...], dry_run: bool) -> None:
-    """Remove leftovers of killed runs, and with --keep every artifact that no RECIPE uses."""
+    """Remove leftovers, old logs, and with --keep every artifact that no RECIPE uses."""
+    from quantize.housekeeping import collect_garbage
     from quantize.report.tables import size
-    from quantize.session import collect_garbage
 
     total = 0
     for path, count in collect_garbage(store_folder, recipes, dry_run=dry_run):

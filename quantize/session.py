@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.environments import (
-    ENVIRONMENTS,
     Environments,
     accelerator,
     cache_folder,
@@ -33,6 +30,8 @@ from quantize.stages.base import Resolved
 from quantize.store import Store
 
 Write = Callable[[str], None]
+
+HASH_REPORT_SECONDS = 3.0
 
 
 def open_store(folder: Path | None) -> Store:
@@ -64,6 +63,7 @@ class Session:
             online=online,
             cache_path=cache_folder() / "hashes.json",
             hash_limit_bytes=None if online else PLAN_HASH_LIMIT_BYTES,
+            on_hashed=_report_hashing(),
         )
         own = {str(k): Path(v.python).expanduser() for k, v in parsed.environments.items()}
         environments = Environments(here, cache_folder(), own)
@@ -79,7 +79,7 @@ class Session:
         selected = select(self.plan, only, first, last)
         started = time.monotonic()
         folder = self._run_folder()
-        progress = Progress(_view(as_json, write), folder / "status.json")
+        progress = Progress(choose_view(as_json, write), folder / "status.json")
         runner = Runner(self.environments, folder / "logs", progress)
         outcome = Outcome()
         try:
@@ -180,65 +180,22 @@ class Session:
             )
 
 
-def environments() -> Environments:
-    """The environments of this machine, without a recipe's overrides."""
-    return Environments(accelerator(), cache_folder())
+def _report_hashing() -> Callable[[int, int], None]:
+    """Say how far the hashing of a large local checkpoint is; small ones pass in silence."""
+    said = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= HASH_REPORT_SECONDS:
+            said = time.monotonic()
+            print(
+                f"hashing the checkpoint: {done / 1e9:.0f} of {total / 1e9:.0f} GB", file=sys.stderr
+            )
+
+    return report
 
 
-def install(recipe: str | None, write: Write) -> Iterator[str]:
-    """Install what a recipe needs, or everything; yields a line an environment."""
-    if recipe is None:
-        installed, names = environments(), sorted(ENVIRONMENTS)
-    else:
-        session = Session.open(recipe, (), None, online=False)
-        installed = session.environments
-        names = sorted({name for entry in session.plan.stages for name in entry.environments})
-    log = cache_folder() / "logs" / "environments.log"
-    installed.package_path()  # an image is built by root and run by others
-    progress = Progress(_view(False, write))
-    try:
-        for name in names:
-            ready = installed.installed(name)
-            python = installed.install(name, progress, log)
-            yield f"{name}: {'was ready' if ready else 'installed'}: {python}"
-    finally:
-        progress.view.close()
-
-
-def doctor() -> Iterator[tuple[str, str]]:
-    """(environment, what is wrong with it) for every installed environment."""
-    here = environments()
-    log = cache_folder() / "logs" / "doctor.log"
-    for name, environment in sorted(ENVIRONMENTS.items()):
-        if here.installed(name):
-            yield name, here.health_of(environment, here.python(name), log)
-
-
-def collect_garbage(
-    folder: Path | None, recipes: Sequence[str], *, dry_run: bool
-) -> Iterator[tuple[Path, int]]:
-    """Remove leftovers, and artifacts that none of `recipes` uses if any is given."""
-    store = open_store(folder)
-    unused: list[Path] = []
-    if recipes:
-        used = {
-            (entry.kind, entry.key)
-            for recipe in recipes
-            for entry in Session.open(recipe, (), folder, online=True).plan.stages
-        }
-        unused = [
-            artifact.path
-            for artifact in store.artifacts()
-            if (artifact.manifest.kind, artifact.manifest.key) not in used
-        ]
-    for path in itertools.chain(store.leftovers(), unused):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if not dry_run:
-            shutil.rmtree(path)
-        yield path, size
-
-
-def _view(as_json: bool, write: Write) -> View:
+def choose_view(as_json: bool, write: Write) -> View:
     """Bars where a person looks on, lines in a log; with --json standard output stays clean."""
     if sys.stderr.isatty() and not as_json:
         from rich.console import Console

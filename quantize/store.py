@@ -26,6 +26,8 @@ from quantize.keys import file_sha256
 from quantize.protocol import write_json
 
 MANIFEST = "manifest.json"
+KEEP_RUNS = 20
+"""Run folders that a garbage collection leaves."""
 VERIFY_ON_READ_BYTES = 1 << 30
 """Artifacts up to this size are hashed whole at every hit; larger ones by size, and hashed by
 `store verify` and before they are published."""
@@ -186,6 +188,11 @@ class Store:
             lock = FileLock(folder.with_name(f"{folder.name}.lock"))
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 yield folder
+
+    def old_runs(self) -> list[Path]:
+        """Run folders (logs, `status.json`, `result.json`) but the newest ones."""
+        runs = sorted((self.root / ".runs").glob("*/"), key=lambda path: path.stat().st_mtime)
+        return runs[:-KEEP_RUNS]
 
     @contextlib.contextmanager
     def staging(

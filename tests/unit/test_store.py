@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from quantize import store as module
 from quantize.errors import ResourceError, ToolError
-from quantize.session import collect_garbage
-from quantize.store import MANIFEST, Artifact, Staging, Store
+from quantize.housekeeping import collect_garbage
+from quantize.store import KEEP_RUNS, MANIFEST, Artifact, Staging, Store
 
 KIND, KEY = "compress", "c0ffee"
 TREE = {"model/config.json": b"{}", "model/weights.bin": b"\x00\x01\x02\x03", "compress.json": b"1"}
@@ -503,3 +503,16 @@ def test_each_artifact_is_made_once_by_racing_processes(tmp_path: Path) -> None:
         assert artifact.damage(hash_files=True) == []
         assert artifact.file("by").read_text() == str(made[artifact.manifest.key])
     wait_until(lambda: not list(store.leftovers()), "the scratch folders to go")
+
+
+def test_gc_keeps_the_newest_runs(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(KEEP_RUNS + 2):
+        folder = tmp_path / ".runs" / f"run-{number}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+        os.utime(folder, (number, number))
+    removed = [path.name for path, _ in collect_garbage(tmp_path, (), dry_run=False)]
+    assert removed == ["run-0", "run-1"]
+    assert len(list((tmp_path / ".runs").iterdir())) == KEEP_RUNS
+    assert store.old_runs() == []
