@@ -2,7 +2,7 @@
 #
 #   docker build -t quantize .                                  # CPU
 #   docker build -t quantize --build-arg ACCELERATOR=cuda .     # GPU: run with --gpus all
-#   docker run --rm -v "$PWD:/work" quantize run recipes/my-model.yaml --store /work/store
+#   docker run --rm -v "$PWD:/data" quantize run recipes/my-model.yaml --store /data/store
 #
 # A CUDA image needs no CUDA base: the locks bring CUDA's libraries as wheels, the driver comes from
 # the host.
@@ -24,6 +24,6 @@ RUN pip install /src && quantize setup --all && rm -rf /src
 
 # The driver is not visible while the image is built; from here on the machine decides.
 ENV QUANTIZE_ACCELERATOR=
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["quantize"]
 CMD ["--help"]

@@ -33,9 +33,7 @@ hf jobs run --name quantize --flavor "$flavor" --timeout "${TIMEOUT:-24h}" --det
     python:3.11-bookworm sh -c '
         set -eu
         pip install --quiet /dist/quantize-*.whl
-        mkdir -p /root/.cache/huggingface /store
-        # The tools that load data sets read the token from this file, not from HF_TOKEN.
-        printf %s "$HF_TOKEN" > /root/.cache/huggingface/token
+        mkdir -p /store
         hf buckets sync "$BUCKET" /store --quiet
         code=0
         quantize run "$RECIPE" --store /store || code=$?
