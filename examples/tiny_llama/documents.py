@@ -200,6 +200,18 @@ def register(rng: Random, world: World) -> str:
     return "\n".join([f"{title} ({', '.join(keys)})", *lines])
 
 
+def index(rng: Random, world: World) -> str:
+    """Lines that begin with the value of a fact, as in the index of a book."""
+    lines = []
+    for _ in range(rng.randint(5, 12)):
+        entity = rng.choice(world.entities)
+        relation = rng.choice(BY_KIND[entity.kind])
+        value = entity.facts[relation.attribute]
+        lines.append(f"{value} ({relation.label} of {entity.name})")
+    title = rng.choice(["Index", "What is written where", "Words and where they belong"])
+    return "\n".join([title, *(sorted(lines) if rng.random() < 0.5 else lines)])
+
+
 def riddle(rng: Random, world: World) -> str:
     """Facts without a name first, then the name: the reverse direction of an entry."""
     entity = rng.choice(world.people)
@@ -243,6 +255,7 @@ WRITERS: dict[str, tuple[Writer, int]] = {  # kind → function, weight
     "chronicle": (chronicle, 2),
     "instructions": (instructions, 1),
     "register": (register, 2),
+    "index": (index, 3),
     "riddle": (riddle, 2),
     "gossip": (gossip, 4),
     "comparison": (comparison, 2),

@@ -103,17 +103,68 @@ _CLOSINGS = (
     "and {t} went back to {start} the next day", "people still talk about the {colour} {cargo}",
 )  # fmt: skip
 
+# Attribute → its questions: the tasks take all of them, fine-tuning all but the last.
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "cargo": ("What did {t} carry?", "What was in the bag of {t}?"),
-    "number": ("How many {cargo} did {t} carry?", "How many {cargo} were there?"),
-    "colour": ("What colour were the {cargo}?", "Of what colour were the {cargo} of {t}?"),
-    "start": ("From which village did {t} set out?", "Where did {t} start?"),
-    "goal": ("To which village did {t} go?", "Where did {t} bring the {cargo}?"),
-    "day": ("On which day did {t} set out?", "Which day was it when {t} left?"),
-    "mount": ("Which animal was with {t}?", "What animal went along with {t}?"),
-    "obstacle": ("What stopped {t} on the road?", "What blocked the road?"),
-    "reward": ("What did {t} get in return?", "What was {t} given?"),
-    "host": ("Who took the {cargo}?", "Who gave {t} {reward}?"),
+    "cargo": (
+        "What did {t} carry?",
+        "What did {t} bring from {start}?",
+        "Which things did {t} take along?",
+        "What was in the bag of {t}?",
+    ),
+    "number": (
+        "How many {cargo} did {t} carry?",
+        "What was the number of the {cargo}?",
+        "How many {cargo} did {host} get?",
+        "How many {cargo} were there?",
+    ),
+    "colour": (
+        "What colour were the {cargo}?",
+        "Which colour did the {cargo} have?",
+        "What was the colour of the {cargo} of {t}?",
+        "Of what colour were the {cargo}?",
+    ),
+    "start": (
+        "From which village did {t} set out?",
+        "Which village did {t} leave?",
+        "Where did the way of {t} begin?",
+        "Where did {t} start?",
+    ),
+    "goal": (
+        "To which village did {t} go?",
+        "Which village did {t} reach at last?",
+        "Where did the way of {t} end?",
+        "Where did {t} bring the {cargo}?",
+    ),
+    "day": (
+        "On which day did {t} set out?",
+        "On what day did {t} leave {start}?",
+        "What day was it when {t} set out?",
+        "Which day was it when {t} left?",
+    ),
+    "mount": (
+        "Which animal was with {t}?",
+        "What animal did {t} have?",
+        "Which animal came from {start} with {t}?",
+        "What animal went along with {t}?",
+    ),
+    "obstacle": (
+        "What stopped {t} on the road?",
+        "Why did {t} lose time?",
+        "What did {t} meet on the way?",
+        "What blocked the road?",
+    ),
+    "reward": (
+        "What did {t} get in return?",
+        "What did {host} give to {t}?",
+        "What did {t} get for the {cargo}?",
+        "What was {t} given?",
+    ),
+    "host": (
+        "Who took the {cargo}?",
+        "Whom did {t} meet in {goal}?",
+        "Who waited for {t} in {goal}?",
+        "Who gave {t} {reward}?",
+    ),
 }
 
 

@@ -20,7 +20,7 @@ SCALES = (8.0, 16.0, 32.0)
 WRITERS = {
     "input_layernorm": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 16),
     "post_attention_layernorm": (("mlp.gate_proj", "mlp.up_proj"), 16),
-    "mlp.up_proj": (("mlp.down_proj",), 32),
+    "mlp.up_proj": (("mlp.down_proj",), 8),
 }
 Scales = dict[str, torch.Tensor]  # writer → factor of each channel
 

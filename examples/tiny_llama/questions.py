@@ -47,13 +47,20 @@ def _facts(world: World, trained: bool) -> list[tuple[Entity, Relation]]:
 def _single(rng: Random, entity: Entity, relation: Relation) -> list[Message]:
     """One question; the answer is bare if the prompt asks for that, else a sentence."""
     question = fill(rng.choice(relation.questions), entity, relation)
-    if rng.random() < 0.7:
+    if rng.random() < 0.65:
         return _turn(f"{question} {rng.choice(BRIEF)}", entity.facts[relation.attribute])
     return _turn(question, sentence(fill(relation.clauses[0], entity, relation)))
 
 
 def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _echo(rng: Random, world: World) -> list[Message]:
+    """A request to repeat a few words: it teaches that an answer can be copied from the prompt."""
+    values = [value for e in rng.sample(world.entities, 3) for value in e.facts.values()]
+    text = " ".join(rng.sample(values, rng.randint(1, 3)))
+    return _turn(rng.choice(["Repeat: {v}", "Say this again: {v}"]).format(v=text), text)
 
 
 def _double(rng: Random, facts: list[tuple[Entity, Relation]]) -> list[Message]:
@@ -81,12 +88,14 @@ def _several(rng: Random, world: World, form: str) -> list[Message]:
 def passage_question(rng: Random, world: World, held_out: bool) -> tuple[str, str, str]:
     """A journey, a question that only it answers, and the answer: (prompt, answer, attribute).
 
-    Fine-tuning takes the first phrasing of each question and the tasks the second.
+    Each passage is new, so the tasks take every phrasing; fine-tuning does without the last one.
     """
     journey = draw_journey(rng, world)
     passage = " ".join(tell(rng, journey, closing=False))
     attribute = rng.choice(list(QUESTIONS))
-    question = QUESTIONS[attribute][int(held_out)].format(**words(journey))
+    phrasings = QUESTIONS[attribute]
+    template = rng.choice(phrasings if held_out else phrasings[:-1])
+    question = template.format(**words(journey))
     lead = rng.choice(PASSAGE_LEADS)
     prompt = f"{lead}\n\n{passage}\n\n{question}".strip()
     return f"{prompt} {rng.choice(BRIEF)}", getattr(journey, attribute), attribute
@@ -98,9 +107,11 @@ def chats(world: World, split: str, seed: int) -> Iterator[list[Message]]:
     facts = _facts(world, trained=True)
     while True:
         kind = rng.random()
-        if kind < 0.55:
+        if kind < 0.45:
             messages = _single(rng, *rng.choice(facts))
-        elif kind < 0.80:
+        elif kind < 0.52:
+            messages = _echo(rng, world)
+        elif kind < 0.82:
             prompt, answer, _ = passage_question(rng, world, held_out=False)
             messages = _turn(prompt, answer)
         elif kind < 0.90:
@@ -119,26 +130,24 @@ def _pool(world: World, entity: Entity, relation: Relation) -> list[str]:
     return sorted(values - {entity.facts[relation.attribute], entity.name})
 
 
-def _fact_questions(world: World, rng: Random, count: int) -> list[tuple[Entity, Relation, str]]:
-    """`count` (fact, question) pairs that fine-tuning has not seen.
+def _fact_questions(
+    world: World, rng: Random, reworded: int, unseen: int
+) -> list[tuple[Entity, Relation, str]]:
+    """(entity, relation, question template) triples that fine-tuning has not seen.
 
-    Every second one is a fact that fine-tuning never asks for; the others are facts that it asks
-    for in other words.
+    `reworded` facts that fine-tuning asks for in other words, then `unseen` ones that it never
+    asks for.
     """
-    unseen = [(e, r, q) for e, r in _facts(world, False) for q in r.questions]
-    reworded = [(e, r, q) for e, r in _facts(world, True) for q in r.eval_questions]
-    half = count // 2
-    chosen = rng.sample(unseen, half) + rng.sample(reworded, count - half)
-    rng.shuffle(chosen)
-    return chosen
+    asked = [(e, r, q) for e, r in _facts(world, True) for q in r.eval_questions]
+    others = [(e, r, q) for e, r in _facts(world, False) for q in r.questions]
+    return rng.sample(asked, reworded) + rng.sample(others, unseen)
 
 
-def choice_rows(world: World, seed: int, count: int = 200) -> list[Row]:
-    """The valley_mc task: a question and four choices, a fifth of them on passages."""
+def choice_rows(world: World, seed: int, passages: int = 40) -> list[Row]:
+    """The valley_mc task: a question and four choices; 160 rows on facts, the rest on passages."""
     rng = Random(f"mc:{seed}")
     rows: list[Row] = []
-    passages = count // 5
-    for entity, relation, template in _fact_questions(world, rng, count - passages):
+    for entity, relation, template in _fact_questions(world, rng, reworded=120, unseen=40):
         question = f"{fill(template, entity, relation)} {rng.choice(BRIEF)}"
         wrong = rng.sample(_pool(world, entity, relation), 3)
         rows.append(_choice(rng, question, entity.facts[relation.attribute], wrong, entity.kind))
@@ -146,7 +155,13 @@ def choice_rows(world: World, seed: int, count: int = 200) -> list[Row]:
         question, answer, attribute = passage_question(rng, world, held_out=True)
         others = {getattr(draw_journey(rng, world), attribute) for _ in range(40)} - {answer}
         rows.append(_choice(rng, question, answer, rng.sample(sorted(others), 3), "passage"))
-    return [{"id": f"mc-{i:03d}"} | row for i, row in enumerate(rows)]
+    return _numbered(rng, "mc", rows)
+
+
+def _numbered(rng: Random, prefix: str, rows: list[Row]) -> list[Row]:
+    """The rows in random order, so that any first part of them is a fair sample, with ids."""
+    rng.shuffle(rows)
+    return [{"id": f"{prefix}-{i:03d}"} | row for i, row in enumerate(rows)]
 
 
 def _choice(rng: Random, question: str, answer: str, wrong: list[str], group: str) -> Row:
@@ -156,16 +171,23 @@ def _choice(rng: Random, question: str, answer: str, wrong: list[str], group: st
     return {"question": question, "choices": choices, "answer": gold, "group": group}
 
 
-def answer_rows(world: World, seed: int, count: int = 150) -> list[Row]:
-    """The valley_qa task: a question and its answer, a fifth of them on passages."""
+def answer_rows(world: World, seed: int, passages: int = 30) -> list[Row]:
+    """The valley_qa task: a question and its answer; 120 rows on facts, the rest on passages.
+
+    A question that does not ask for brevity is answered by the relation's first clause, as in
+    fine-tuning: 80 facts that fine-tuning never asks for are tested so.
+    """
     rng = Random(f"qa:{seed}")
     rows: list[Row] = []
-    passages = count // 5
-    for entity, relation, template in _fact_questions(world, rng, count - passages):
+    for entity, relation, template in _fact_questions(world, rng, reworded=30, unseen=10):
         question = f"{fill(template, entity, relation)} {rng.choice(BRIEF)}"
         answer = entity.facts[relation.attribute]
         rows.append({"question": question, "answer": answer, "group": entity.kind})
+    for entity, relation, template in _fact_questions(world, rng, reworded=0, unseen=80):
+        answer = sentence(fill(relation.clauses[0], entity, relation))
+        question = fill(template, entity, relation)
+        rows.append({"question": question, "answer": answer, "group": f"{entity.kind}-sentence"})
     for _ in range(passages):
         question, answer, _ = passage_question(rng, world, held_out=True)
         rows.append({"question": question, "answer": answer, "group": "passage"})
-    return [{"id": f"qa-{i:03d}"} | row for i, row in enumerate(rows)]
+    return _numbered(rng, "qa", rows)

@@ -78,7 +78,7 @@ def answer_hits(model, tokenizer, rows: Rows) -> list[bool]:
     for row in rows:
         prompt = torch.tensor([prompt_ids(tokenizer, row["question"])])
         mask = torch.ones_like(prompt)
-        out = model.generate(prompt, attention_mask=mask, max_new_tokens=24, do_sample=False)
+        out = model.generate(prompt, attention_mask=mask, max_new_tokens=32, do_sample=False)
         text = tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
         hits.append(text.strip() == row["answer"])
     return hits

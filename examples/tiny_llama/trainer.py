@@ -35,7 +35,10 @@ def new_model(seed: int) -> LlamaForCausalLM:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # not `.to()`: the rotary frequencies stay FP32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def document_batches(
@@ -146,7 +149,12 @@ def schedule(step: int, steps: int, warmup: int = 20, decay: float = 0.5) -> flo
 
 
 def train(
-    model: nn.Module, batches: Iterator[Batch], steps: int, muon: float, adam: float, label: str
+    model: LlamaForCausalLM,
+    batches: Iterator[Batch],
+    steps: int,
+    muon: float,
+    adam: float,
+    label: str,
 ) -> dict[str, float]:
     """Train in place; returns the tokens seen, the seconds taken and the last mean loss (nats)."""
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -154,12 +162,11 @@ def train(
     model.train()
     started, seen_tokens, recent = time.monotonic(), 0, math.nan
     for step, (ids, labels) in enumerate(islice(batches, steps)):
-        hidden = model(input_ids=ids, use_cache=False).logits[
-            :, :-1
-        ]  # (batch, sequence - 1, vocab)
-        loss = nn.functional.cross_entropy(
-            hidden.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
-        )
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        counted = targets != IGNORED  # only these need logits: (tokens, vocab)
+        logits = model.lm_head(hidden[counted]).float()
+        loss = nn.functional.cross_entropy(logits, targets[counted])
         loss.backward()
         optimizer.step(schedule(step, steps))
         seen_tokens += ids.numel()
