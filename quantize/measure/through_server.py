@@ -51,6 +51,8 @@ class Running:
 
 def measure(context: StageContext, suite: Suite, record: MeasureRecord) -> None:
     """Fill in the record; a part that an earlier, killed run has finished is taken over."""
+    for environment in context.entry.environments:  # before a server waits for an install
+        context.runner.python(environment)
     parts = Parts(context.work)
     samples = context.files / "samples"
     with _server(context, suite) as running:
