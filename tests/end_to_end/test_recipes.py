@@ -66,7 +66,7 @@ def test_recipe_is_measured_and_published(
 
     published = work.folder / "out" / name
     card = (published / "README.md").read_text()
-    assert f"{compare['perplexity']['candidate']:.3f}" in card
+    assert f"{compare['perplexity']['candidate']:.4f}" in card
     assert (published / "config.json").exists()
     assert str(work.folder) not in card
 
