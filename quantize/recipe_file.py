@@ -103,15 +103,37 @@ def _override(document: Document, override: str) -> None:
 def _problems(
     kind: type[BaseModel], document: Document, details: Sequence[ErrorDetails]
 ) -> Iterator[Problem]:
-    """One Problem per validation error, except for values that were refused before."""
+    """One Problem per mistake.
+
+    Values that were refused before are left out, and where a required key is misspelt, its absence.
+    """
+    meant = {_meant(kind, _key_path(detail)) for detail in details if _is_unknown(detail)}
     for detail in details:
-        path: Path_ = tuple(part for part in detail["loc"] if part != "[key]")
+        path = _key_path(detail)
         if any(path[: len(refused)] == refused for refused in document.refused):
             continue
+        if detail["type"] == "missing" and path in meant:
+            continue
         line, where = _place(document, path)
-        unknown = detail["type"] == "extra_forbidden" or detail["loc"][-1:] == ("[key]",)
-        message = _unknown(kind, path) if unknown else _words(kind, path, detail)
+        message = _unknown(kind, path) if _is_unknown(detail) else _words(kind, path, detail)
         yield Problem(line, where, message)
+
+
+def _key_path(detail: ErrorDetails) -> Path_:
+    """Where it is; pydantic marks a bad key of a mapping with a last part `[key]`."""
+    path = tuple(detail["loc"])
+    marked = path[-1:] == ("[key]",) and detail["type"] != "extra_forbidden"
+    return path[:-1] if marked else path
+
+
+def _is_unknown(detail: ErrorDetails) -> bool:
+    return detail["type"] == "extra_forbidden" or detail["loc"][-1:] == ("[key]",)
+
+
+def _meant(kind: type[BaseModel], path: Path_) -> Path_ | None:
+    """The key beside an unknown one that it is most like, if any."""
+    near = difflib.get_close_matches(str(path[-1]), list(_keys_at(kind, path[:-1])), 1)
+    return (*path[:-1], near[0]) if near else None
 
 
 def _place(document: Document, path: Path_) -> tuple[int, str]:
@@ -215,9 +237,8 @@ def _unknown(kind: type[BaseModel], path: Path_) -> str:
             elsewhere.setdefault(name, dotted(block) or "the top level")
     if key in elsewhere:
         return f"unknown key here: it belongs under {elsewhere[key]}"
-    near = difflib.get_close_matches(key, here, 1)
-    if near:
-        return f"unknown key, did you mean {near[0]}"
+    if meant := _meant(kind, path):
+        return f"unknown key, did you mean {meant[-1]}"
     near = difflib.get_close_matches(key, elsewhere, 1, 0.75)
     if near:
         return f"unknown key, did you mean {near[0]} under {elsewhere[near[0]]}"

@@ -68,6 +68,12 @@ def test_valid(tmp_path: Path) -> None:
     assert recipe.calibration is not None and recipe.calibration.sequence_length == 2048
 
 
+def test_a_misspelt_required_key_is_one_mistake(tmp_path: Path) -> None:
+    problem = only(tmp_path, VALID.replace("  method: ", "  metod: "))
+    assert problem.path == "quantize.metod"
+    assert "did you mean method" in problem.message
+
+
 def test_three_mistakes_are_three_problems(tmp_path: Path) -> None:
     text = VALID.replace("group_size: 64", "group_sizes: 64").replace("samples: 64", "samples: abc")
     text = text.replace("enable_prefix_caching: false", "enable_prefix_caching: no")
