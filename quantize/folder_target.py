@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from quantize.errors import ConflictError, ResourceError
 from quantize.listing import LISTING, damage, not_as_made, parse_listing
-from quantize.store import FileEntry
+from quantize.store import FileEntry, fsync
 
 CHUNK_BYTES = 1 << 20
 
@@ -62,7 +62,7 @@ def publish_folder(
             if target.exists():
                 os.rename(target, aside or old)
             os.rename(new, target)
-            _sync(target.parent)
+            fsync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise ResourceError(
@@ -146,7 +146,7 @@ def _fill(
         destination.parent.mkdir(parents=True, exist_ok=True)
         _copy(entry, paths[entry.name], destination, advance)
     for parent, _, _ in os.walk(folder):
-        _sync(Path(parent))
+        fsync(Path(parent))
 
 
 def _copy(
@@ -165,11 +165,3 @@ def _copy(
         os.fsync(writer.fileno())
     if digest.hexdigest() != entry.sha256:
         raise not_as_made(source, "was changed since it was made (sha256 differs)")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

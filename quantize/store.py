@@ -253,7 +253,7 @@ class Store:
                     f"{staging.kind} wrote {name}, which cannot be part of an artifact",
                     "this is a bug of the stage: it must write regular files of its own",
                 )
-            _fsync(path)
+            fsync(path)
             entries.append(FileEntry(name, path.stat().st_size, file_sha256(path)))
         manifest = Manifest(
             kind=staging.kind,
@@ -268,12 +268,12 @@ class Store:
         )
         write_json(staging.files / MANIFEST, asdict(manifest))
         for folder, _, _ in os.walk(staging.files):
-            _fsync(Path(folder))
+            fsync(Path(folder))
         final = self.path(staging.kind, staging.key)
         if final.exists():  # damaged or stale, or it would have been found: we hold the lock
             self.set_aside(staging.kind, staging.key)
         os.rename(staging.files, final)
-        _fsync(final.parent)
+        fsync(final.parent)
         shutil.rmtree(staging.folder, ignore_errors=True)
         return Artifact(final, manifest)
 
@@ -287,7 +287,8 @@ def _relative_files(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

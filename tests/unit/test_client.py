@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,19 +10,6 @@ from model_server import BOS, FIRST, VOCABULARY, Model, serving
 
 from quantize.errors import SourceError, ToolError, TransientError
 from quantize.measure.client import Client
-
-
-@pytest.fixture
-def model() -> Model:
-    return Model()
-
-
-@pytest.fixture
-def client(model: Model) -> Iterator[Client]:
-    with serving(model) as url:
-        client = Client(url, "model")
-        yield client
-        client.close()
 
 
 def test_what_the_server_says_of_itself(client: Client) -> None:

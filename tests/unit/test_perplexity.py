@@ -34,19 +34,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Client]]:
         client.close()
 
 
-@pytest.fixture
-def model() -> Model:
-    return Model()
-
-
-@pytest.fixture
-def client(model: Model) -> Iterator[Client]:
-    with serving(model) as url:
-        client = Client(url, "model")
-        yield client
-        client.close()
-
-
 def text_file(folder: Path, documents: list[str]) -> Path:
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_server import Model, serving
+from model_server import Model
 
 from quantize.errors import SourceError
 from quantize.measure.client import Answer, Client
 from quantize.measure.smoke import REPEATS, checks, measure, repetition
 from quantize.recipe import Prompt, Prompts
 from quantize.records import Smoke
-
-
-@pytest.fixture
-def model() -> Model:
-    return Model()
-
-
-@pytest.fixture
-def client(model: Model) -> Iterator[Client]:
-    with serving(model) as url:
-        client = Client(url, "model")
-        yield client
-        client.close()
 
 
 def prompt(kind: str = "completion", **keys: Any) -> Prompt:
