@@ -121,13 +121,15 @@ def unpack(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.int8]:
 def weight_format(quantize: Quantize) -> WeightFormat:
     """The format that a recipe's quantize block promises."""
     scheme = quantize.effective_scheme
-    group = quantize.effective_group_size or 0  # not read where the scheme has no groups
+    size = quantize.effective_group_size
+    group = None if size == "channel" else size
+    strategy: Literal["group", "channel"] = "group" if group else "channel"
     match scheme:
         case "W4A16" | "W4A16_ASYM":
             symmetric = scheme == "W4A16"
-            return WeightFormat(scheme, "pack-quantized", 4, "group", group, symmetric)
+            return WeightFormat(scheme, "pack-quantized", 4, strategy, group, symmetric)
         case "W8A16":
-            return WeightFormat(scheme, "pack-quantized", 8, "group", group)
+            return WeightFormat(scheme, "pack-quantized", 8, strategy, group)
         case "W8A8":
             return WeightFormat(scheme, "int-quantized", 8, "channel")
         case "FP8_DYNAMIC":

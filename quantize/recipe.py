@@ -7,9 +7,19 @@ tooltip. A lower layer never reads the file again.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 Method = Literal["awq", "gptq", "awq+gptq", "rtn", "fp8", "int8"]
 Scheme = Literal[
@@ -20,6 +30,8 @@ Scheme = Literal[
     "FP8_DYNAMIC",
     "FP8",
     "FP8_BLOCK",
+    "NVFP4A16",
+    "MXFP4A16",
 ]
 
 DEFAULT_SCHEME: dict[str, str] = {
@@ -32,16 +44,21 @@ DEFAULT_SCHEME: dict[str, str] = {
 }
 SCHEMES: dict[str, tuple[str, ...]] = {
     "awq": ("W4A16_ASYM", "W4A16", "W8A16"),
-    "gptq": ("W4A16", "W4A16_ASYM", "W8A16", "W8A8"),
+    "gptq": ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "NVFP4A16", "MXFP4A16"),
     "awq+gptq": ("W4A16_ASYM", "W4A16"),
-    "rtn": ("W4A16", "W4A16_ASYM", "W8A16"),
+    "rtn": ("W4A16", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16"),
     "fp8": ("FP8_DYNAMIC", "FP8", "FP8_BLOCK"),
     "int8": ("W8A8",),
 }
 """Which schemes a method can produce, best first."""
 
 GROUPED = frozenset({"W4A16", "W4A16_ASYM", "W8A16"})
-"""Schemes whose scales are per group of input channels."""
+"""Schemes whose scales are per group of input channels, of a size that the recipe may choose."""
+
+DEFAULT_GROUP_SIZE = 128
+
+FIXED_GROUPS = {"NVFP4A16": 16, "MXFP4A16": 32}
+"""Schemes whose groups of input channels have the size that the number format prescribes."""
 
 DATA_FREE = frozenset({("rtn", s) for s in SCHEMES["rtn"]}) | {
     ("fp8", "FP8_DYNAMIC"),
@@ -51,6 +68,27 @@ DATA_FREE = frozenset({("rtn", s) for s in SCHEMES["rtn"]}) | {
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _whole_or_channel(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One sentence instead of one for each type that the value is not."""
+    try:
+        return handler(value)
+    except ValidationError as error:
+        raise ValueError("expected a whole number above 0, or channel") from error
+
+
+def _compiles(entry: str) -> str:
+    try:
+        re.compile(entry[3:] if entry.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"{entry!r} is not a regular expression: {error}") from error
+    return entry
+
+
+GroupSize = Annotated[PositiveInt | Literal["channel"], WrapValidator(_whole_or_channel)]
+ModulePattern = Annotated[str, AfterValidator(_compiles)]
+"""A module's full name, or 're:' and a pattern that matches from the start of the full name."""
 
 
 class Block(BaseModel):
@@ -106,19 +144,49 @@ class Calibration(Block):
     )
 
 
+class Override(Block):
+    """Modules that get another number format than the rest."""
+
+    modules: tuple[ModulePattern, ...] = Field(
+        description="At least one: names, or 're:' and a pattern, as in ignore."
+    )
+    scheme: Scheme = Field(description="Number formats of these modules.")
+    group_size: GroupSize | None = Field(
+        None, description="As the block's own group_size, for these modules."
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Override:
+        if not self.modules:
+            raise ValueError("modules is empty: name at least one, or remove the override")
+        _refuse_group_size(self.scheme, self.group_size)
+        return self
+
+
 class Quantize(Block):
     """What is done to the weights."""
 
     method: Method = Field(description="awq, gptq, awq+gptq, rtn (round to nearest), fp8 or int8.")
     scheme: Scheme | None = Field(None, description="Number formats; the method's best if absent.")
-    group_size: PositiveInt | None = Field(
+    group_size: GroupSize | None = Field(
         None,
-        description="Input channels that share a scale, for 4-bit schemes and W8A16 (default 128).",
+        description="Input channels that share a scale, for integer weights of 4 bits and W8A16 "
+        "(default 128); channel for one scale an output channel.",
     )
-    ignore: tuple[str, ...] = Field(
+    ignore: tuple[ModulePattern, ...] = Field(
         ("lm_head",), description="Modules left in BF16: names, or 're:' and a pattern."
     )
-    engine: Literal["llmcompressor"] = Field("llmcompressor", description="Who quantizes.")
+    overrides: tuple[Override, ...] = Field(
+        (), description="Other schemes for some modules; the first that names a module holds."
+    )
+    kv_cache: Literal["fp8"] | None = Field(
+        None, description="fp8: calibrate static scales, so that servers may keep the cache in FP8."
+    )
+    engine: Literal["stream", "llmcompressor"] = Field(
+        "stream",
+        description="Who quantizes: stream holds one layer in memory and resumes, and leaves "
+        "architectures that it does not know to llmcompressor.",
+    )
     dampening: Fraction = Field(
         0.01, description="GPTQ: share of the mean Hessian diagonal that is added to it."
     )
@@ -133,8 +201,7 @@ class Quantize(Block):
             raise ValueError(
                 f"method {self.method} cannot produce {self.scheme}: use {', '.join(allowed)}"
             )
-        if self.group_size is not None and self.effective_scheme not in GROUPED:
-            raise ValueError(f"scheme {self.effective_scheme} has no groups: remove group_size")
+        _refuse_group_size(self.effective_scheme, self.group_size)
         return self
 
     @property
@@ -143,14 +210,48 @@ class Quantize(Block):
         return self.scheme or DEFAULT_SCHEME[self.method]
 
     @property
-    def effective_group_size(self) -> int | None:
-        """Input channels per scale, or None for per-channel, per-tensor and block schemes."""
-        return (self.group_size or 128) if self.effective_scheme in GROUPED else None
+    def effective_group_size(self) -> int | Literal["channel"] | None:
+        """Input channels per scale; None where the scheme itself says what shares a scale."""
+        return _filled_in(self.effective_scheme, self.group_size)
+
+    @property
+    def effective_overrides(self) -> list[dict[str, Any]]:
+        """`modules` (list), `scheme` and `group_size` (as above) of each override, in order."""
+        return [
+            {
+                "modules": list(override.modules),
+                "scheme": override.scheme,
+                "group_size": _filled_in(override.scheme, override.group_size),
+            }
+            for override in self.overrides
+        ]
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the compress stage reads token ids."""
-        return (self.method, self.effective_scheme) not in DATA_FREE
+        return self.calibrated_part is not None
+
+    @property
+    def calibrated_part(self) -> str | None:
+        """What reads token ids, in words; None if nothing does."""
+        if (self.method, self.effective_scheme) not in DATA_FREE:
+            return f"method {self.method} with {self.effective_scheme}"
+        if any(override.scheme == "FP8" for override in self.overrides):
+            return "an override with FP8 (static activation scales)"
+        return "kv_cache" if self.kv_cache is not None else None
+
+
+def _refuse_group_size(scheme: str, group_size: int | str | None) -> None:
+    if group_size is not None and scheme not in GROUPED:
+        fixed = FIXED_GROUPS.get(scheme)
+        why = f"has groups of {fixed}, always" if fixed else "has no groups"
+        raise ValueError(f"scheme {scheme} {why}: remove group_size")
+
+
+def _filled_in(
+    scheme: str, group_size: int | Literal["channel"] | None
+) -> int | Literal["channel"] | None:
+    return (group_size or DEFAULT_GROUP_SIZE) if scheme in GROUPED else None
 
 
 class Margins(Block):
@@ -239,178 +340,9 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _calibration_present(self) -> Recipe:
-        if self.quantize.needs_calibration and self.calibration is None:
-            raise ValueError(
-                f"method {self.quantize.method} with {self.quantize.effective_scheme} needs a "
-                "calibration block"
-            )
-        return self
-
-
-class TaskRef(Block):
-    """One lm-eval task of a suite."""
-
-    name: str = Field(description="Name of the lm-eval task.")
-    metric: str = Field(description="The metric that is compared, e.g. acc or exact_match.")
-    filter: str = Field("none", description="lm-eval's filter of that metric.")
-    num_fewshot: Annotated[int, Field(ge=0)] = Field(0, description="Worked examples before it.")
-    limit: PositiveInt | None = Field(None, description="Documents at most, from the start.")
-    apply_chat_template: bool = Field(True, description="Ask through the chat template.")
-    higher_is_better: bool = Field(True, description="Whether a larger score is a better one.")
-
-
-class PerplexityText(Block):
-    """Held-out text and how it is cut: a local file, or one column of a Hub data set."""
-
-    text: str = Field(
-        min_length=1,
-        description="A .jsonl file with `text` rows or a .txt file (relative to the suite file), "
-        "or a Hub data set.",
-    )
-    revision: str | None = Field(None, description="Hub only: a commit hash.")
-    config: str | None = Field(None, description="Hub only: the data set's configuration.")
-    split: str = Field("test", description="Hub only: the split.")
-    field: str = Field("text", description="The column (or JSON key) that holds the text.")
-    join: bool = Field(
-        False,
-        description="Join the rows with blank lines before cutting, as is customary for WikiText; "
-        "otherwise every row is cut by itself, and its last window may be short.",
-    )
-    window: Annotated[int, Field(gt=1)] = Field(
-        512, description="Tokens per window, BOS included; the first is context only."
-    )
-    windows: PositiveInt | None = Field(None, description="Windows at most, from the start.")
-    top_k: Annotated[int, Field(ge=1, le=1000)] = Field(
-        20, description="Log-probabilities kept per position, for KL divergence."
-    )
-
-
-class Load(Block):
-    """The load under which latency and throughput are read."""
-
-    requests: PositiveInt = Field(16, description="Requests in all.")
-    concurrency: PositiveInt = Field(4, description="Requests under way at once.")
-    input_tokens: PositiveInt = Field(128, description="Prompt tokens of each request.")
-    output_tokens: PositiveInt = Field(64, description="Tokens generated by each request.")
-
-
-class Suite(Block):
-    """What is measured, as data: `eval/suites/*.yaml`."""
-
-    version: Literal[1] = Field(description="The version of this format.")
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(
-        description="Lower case, digits, . _ -"
-    )
-    description: str = Field("", description="For people; changes no key.")
-    smoke: str = Field("default", min_length=1, description="A name in eval/prompts, or a path.")
-    perplexity: PerplexityText | None = Field(None, description="Held-out text; none if absent.")
-    tasks: tuple[TaskRef, ...] = Field((), description="lm-eval tasks, in the order of the table.")
-    tasks_folder: str | None = Field(
-        None, description="Folder of own tasks (relative to the suite file); Hub tasks need none."
-    )
-    load: Load = Field(default_factory=Load, description="The load that latency is read under.")
-
-    @model_validator(mode="after")
-    def _task_names_differ(self) -> Suite:
-        names = [task.name for task in self.tasks]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"tasks named twice: {', '.join(twice)}")
-        return self
-
-
-SmokeKind = Literal["completion", "chat", "long_context", "concurrent"]
-SmokeCheck = Literal["not_empty", "valid_utf8", "no_repetition", "no_template_echo", "finishes"]
-
-
-class Message(Block):
-    """One turn of a chat prompt."""
-
-    role: Literal["system", "user", "assistant"] = Field(description="Who speaks.")
-    content: str = Field(min_length=1, description="What is said.")
-
-
-class Prompt(Block):
-    """One smoke prompt and what its answer must satisfy. Answers are greedy (temperature 0).
-
-    Checks without a baseline: `not_empty` (something but white space), `valid_utf8` (no U+FFFD),
-    `no_repetition` (no group of one to eight words stands six or more times in a row, and none of
-    one to four characters 24 or more times),
-    `no_template_echo` (no special token of the tokenizer in the text), `finishes` (the server says
-    `stop`, not `length`), and every text of `contains`.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(
-        description="Lower case, digits, _ -"
-    )
-    kind: SmokeKind = Field(
-        description="completion, chat, long_context (a filler before the prompt) or concurrent "
-        "(the same request several times at once; every answer is checked)."
-    )
-    prompt: str | None = Field(None, min_length=1, description="The text; or give messages.")
-    messages: tuple[Message, ...] = Field((), description="Sent through the chat template.")
-    max_tokens: PositiveInt = Field(64, description="Tokens generated at most.")
-    filler: str | None = Field(
-        None,
-        min_length=1,
-        description="long_context: repeated before the prompt, or before the last message's text.",
-    )
-    context_tokens: PositiveInt | None = Field(
-        None,
-        description="long_context: length of the filler in tokens; less where the server's "
-        "max_model_len does not hold it with prompt and answer.",
-    )
-    copies: Annotated[int, Field(ge=2, le=256)] | None = Field(
-        None, description="concurrent: requests at once (8 if absent)."
-    )
-    checks: tuple[SmokeCheck, ...] = Field(
-        ("not_empty", "valid_utf8"), description="Conditions on the answer."
-    )
-    contains: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="Texts that the answer must hold, upper and lower case alike."
-    )
-    min_baseline_similarity: Fraction | None = Field(
-        None,
-        description="Lowest similarity of the candidate's answer to the baseline's: "
-        "difflib.SequenceMatcher's ratio over words, 1 for equal answers.",
-    )
-
-    @model_validator(mode="after")
-    def _fits_kind(self) -> Prompt:
-        if (self.prompt is None) == (not self.messages):
-            raise ValueError("give either prompt or messages")
-        if self.kind == "completion" and self.prompt is None:
-            raise ValueError("kind completion takes a prompt, not messages")
-        if self.kind == "chat" and not self.messages:
-            raise ValueError("kind chat takes messages, not a prompt")
-        if self.messages and self.messages[-1].role != "user":
-            raise ValueError("the last of the messages must be the user's")
-        long_context = self.kind == "long_context"
-        if {self.filler is not None, self.context_tokens is not None} != {long_context}:
-            raise ValueError("filler and context_tokens belong to kind long_context, both of them")
-        if self.copies is not None and self.kind != "concurrent":
-            raise ValueError("copies belongs to kind concurrent")
-        return self
-
-
-class Prompts(Block):
-    """Smoke prompts, as data: `eval/prompts/*.yaml`."""
-
-    version: Literal[1] = Field(description="The version of this format.")
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(
-        description="Lower case, digits, . _ -"
-    )
-    description: str = Field("", description="For people; changes no key.")
-    prompts: tuple[Prompt, ...] = Field(description="At least one, in the order they are sent.")
-
-    @model_validator(mode="after")
-    def _prompt_names_differ(self) -> Prompts:
-        if not self.prompts:
-            raise ValueError("a file of prompts needs at least one")
-        names = [prompt.name for prompt in self.prompts]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"prompts named twice: {', '.join(twice)}")
+        calibrated = self.quantize.calibrated_part
+        if calibrated is not None and self.calibration is None:
+            raise ValueError(f"{calibrated} needs a calibration block")
         return self
 
 

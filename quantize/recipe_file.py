@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from quantize.errors import Problem, RecipeError
-from quantize.recipe import Prompts, Recipe, Suite
+from quantize.recipe import Recipe
+from quantize.suite import Prompts, Suite
 from quantize.yaml_values import Document, Path_, dotted, parse, read_document, shorten
 
 T = TypeVar("T", bound=BaseModel)

@@ -24,8 +24,8 @@ import numpy as np
 from quantize.errors import SourceError, ToolError
 from quantize.keys import digest, file_sha256
 from quantize.measure.client import Client, ScoredPrompt
-from quantize.recipe import PerplexityText
 from quantize.records import Perplexity
+from quantize.suite import PerplexityText
 
 MAX_NATS = 700.0
 """exp() of more overflows; a uniform guess among a million tokens costs 14."""

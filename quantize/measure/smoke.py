@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from quantize.measure.client import Answer, Client
-from quantize.recipe import Prompt, Prompts
 from quantize.records import Check, Smoke
+from quantize.suite import Prompt, Prompts
 
 REPEATS = 6
 REPEATED_WORDS = 8

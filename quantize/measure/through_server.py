@@ -18,13 +18,13 @@ from quantize.measure.client import Client
 from quantize.measure.parts import Parts
 from quantize.model_files import read_json_object
 from quantize.process import Process, hub_token
-from quantize.recipe import PerplexityText, Suite, TaskRef
 from quantize.recipe_file import load_prompts
 from quantize.records import MeasureRecord, Server, Serving
 from quantize.resolve import own_task_names
 from quantize.servers import SERVERS
 from quantize.servers.base import Launch
 from quantize.stages.base import StageContext
+from quantize.suite import PerplexityText, Suite, TaskRef
 
 SERVED_NAME = "model"
 PROMETHEUS = (

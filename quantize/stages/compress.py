@@ -30,6 +30,10 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         "ignore": list(quantize.ignore),
         "engine": quantize.engine,
     }
+    if quantize.overrides:
+        inputs["overrides"] = quantize.effective_overrides
+    if quantize.kv_cache is not None:
+        inputs["kv_cache"] = quantize.kv_cache
     if "gptq" in quantize.method or quantize.method == "int8":
         inputs["dampening"] = quantize.dampening
         inputs["activation_order"] = quantize.activation_order
@@ -50,6 +54,8 @@ def run(context: StageContext) -> None:
         "scheme": quantize.effective_scheme,
         "group_size": quantize.effective_group_size,
         "ignore": list(quantize.ignore),
+        "overrides": quantize.effective_overrides,
+        "kv_cache": quantize.kv_cache,
         "dampening": quantize.dampening,
         "activation_order": quantize.activation_order,
     }

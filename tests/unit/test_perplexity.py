@@ -18,8 +18,8 @@ from quantize.errors import SourceError, ToolError, TransientError
 from quantize.keys import file_sha256
 from quantize.measure.client import Client
 from quantize.measure.perplexity import cut, measure, read_documents
-from quantize.recipe import PerplexityText
 from quantize.records import Perplexity
+from quantize.suite import PerplexityText
 
 DOCUMENTS = ["the heron stands in the shallow water.", "a", "zebras, quizzes and jazz."]
 

@@ -223,6 +223,17 @@ def test_unknown_key(tmp_path: Path, extra: str, path: str, words: str) -> None:
         ("samples: 64", "samples: 0", 8, "calibration.samples", "must be above 0"),
         ("method: awq", "method: apq", 10, "quantize.method", "did you mean awq"),
         ("[lm_head, ", "[3, ", 12, "quantize.ignore[0]", "expected text"),
+        ("re:.*gate$", "re:.*(gate", 12, "quantize.ignore[1]", "is not a regular expression"),
+        ("group_size: 64", "group_size: 0", 11, "quantize.group_size", "or channel"),
+        ("group_size: 64", "group_size: chanel", 11, "quantize.group_size", "or channel"),
+        (
+            "group_size: 64",
+            "kv_cache: fp4",
+            11,
+            "quantize.kv_cache",
+            "is not known here: write fp8",
+        ),
+        ("group_size: 64", "engine: streams", 11, "quantize.engine", "did you mean stream"),
         ('[lm_head, "re:.*gate$"]', "lm_head", 12, "quantize.ignore", "expected a list"),
         ("task_drop: 0.05", "task_drop: 5", 15, "evaluate.margins.task_drop", "at most 1"),
         ("task_drop: 0.05", "task_drop: a", 15, "evaluate.margins.task_drop", "expected a number"),
@@ -236,6 +247,74 @@ def test_wrong_value(tmp_path: Path, old: str, new: str, line: int, path: str, w
     found = problems(tmp_path, VALID.replace(old, new))
     assert (found[0].line, found[0].path) == (line, path)
     assert words in found[0].message
+
+
+OVERRIDES = """\
+  ignore: []
+  overrides:
+    - modules: ["re:.*down_proj$", lm_head]
+      scheme: W8A16
+    - modules: ["re:.*"]
+      scheme: W4A16
+      group_size: channel
+"""
+MIXED = VALID.replace('  ignore: [lm_head, "re:.*gate$"]\n', OVERRIDES)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    quantize = load_recipe(write(tmp_path, MIXED)).quantize
+    assert quantize.effective_overrides == [
+        {"modules": ["re:.*down_proj$", "lm_head"], "scheme": "W8A16", "group_size": 128},
+        {"modules": ["re:.*"], "scheme": "W4A16", "group_size": "channel"},
+    ]
+    other = load_recipe(write(tmp_path, MIXED), ["quantize.overrides=[]"]).quantize
+    assert other.effective_overrides == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "path", "words"),
+    [
+        ('["re:.*"]', "[]", 16, "quantize.overrides[1]", "modules is empty: name at least one"),
+        ('["re:.*"]', '["re:*"]', 16, "quantize.overrides[1].modules[0]", "nothing to repeat"),
+        ("scheme: W8A16", "schema: W8A16", 15, "quantize.overrides[0].schema", "mean scheme"),
+        ("W8A16", "W8A17", 15, "quantize.overrides[0].scheme", "did you mean W8A16"),
+        ("W8A16", "W8A8\n      group_size: 128", 14, "quantize.overrides[0]", "has no groups"),
+        ("W8A16", "MXFP4A16\n      group_size: 32", 14, "quantize.overrides[0]", "groups of 32,"),
+    ],
+)
+def test_wrong_override(
+    tmp_path: Path, old: str, new: str, line: int, path: str, words: str
+) -> None:
+    problem = only(tmp_path, MIXED.replace(old, new))
+    assert (problem.line, problem.path) == (line, path)
+    assert words in problem.message
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "more", "part"),
+    [
+        ("rtn", "W4A16", {}, None),
+        ("rtn", "NVFP4A16", {}, None),
+        ("gptq", "MXFP4A16", {}, "method gptq with MXFP4A16"),
+        ("rtn", "W4A16", {"kv_cache": "fp8"}, "kv_cache"),
+        ("rtn", "W4A16", {"scheme": "FP8_DYNAMIC"}, None),
+        ("rtn", "W4A16", {"scheme": "FP8"}, "an override with FP8"),
+        ("fp8", "FP8_BLOCK", {"scheme": "W8A8"}, None),
+    ],
+)
+def test_what_needs_calibration(
+    tmp_path: Path, method: str, scheme: str, more: dict[str, str], part: str | None
+) -> None:
+    text = re.sub(r"calibration:\n(  .*\n)+|  group_size: 64\n", "", VALID)
+    text = text.replace("method: awq", f"method: {method}\n  scheme: {scheme}")
+    settings = [f"quantize.kv_cache={more['kv_cache']}"] if "kv_cache" in more else []
+    if "scheme" in more:
+        settings = [f"quantize.overrides=[{{modules: [a], scheme: {more['scheme']}}}]"]
+    if part is None:
+        assert not load_recipe(write(tmp_path, text), settings).quantize.needs_calibration
+    else:
+        message = only(tmp_path, text, *settings).message
+        assert message.startswith(part) and message.endswith("needs a calibration block")
 
 
 def test_missing_calibration_block(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from model_server import Model
 from quantize.errors import SourceError
 from quantize.measure.client import Answer, Client
 from quantize.measure.smoke import REPEATS, checks, measure, repetition
-from quantize.recipe import Prompt, Prompts
 from quantize.records import Smoke
+from quantize.suite import Prompt, Prompts
 
 
 def prompt(kind: str = "completion", **keys: Any) -> Prompt:
