@@ -5,14 +5,16 @@ Everything is read through memory maps, a chunk at a time; memory does not grow 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from quantize.checkpoint import LAYER, Checkpoint, matches, module_name
-from quantize.formats import WeightFormat, layout_bytes
+from quantize.checkpoint import LAYER, Checkpoint
+from quantize.formats import FLOAT_SCALES, ModuleFormats, WeightFormat, layout_bytes
+from quantize.modules import module_name
 from quantize.tensors import FLOATS, TensorInfo, chunks, from_float32, load_tensor, to_float32
 
 SIZE_TOLERANCE = 0.01
@@ -24,6 +26,9 @@ LEAST_COSINE = {4: 0.8, 8: 0.95}
 Round-to-nearest on Gaussian weights gives .994 and .99997, GPTQ somewhat less because it moves
 weights to make up for others; a weight of another module, or one unpacked wrongly, gives about 0.
 """
+
+ATTENTION = re.compile(r"^(.*)\.(k_proj|kv_b_proj|qkv_proj|query_key_value|c_attn)\.weight$")
+"""The linear that makes keys, by which a module that has a KV cache is known."""
 
 SAMPLED_BLOCKS = 8
 """Blocks of eight neighbouring rows, spread evenly, that are dequantized of each weight."""
@@ -38,19 +43,29 @@ class Check:
     detail: str
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A linear of the source and what the artifact has for it."""
+
+    info: TensorInfo  # the source's weight
+    form: WeightFormat
+    tensors: dict[str, TensorInfo]  # by suffix: weight_packed, ...
+
+
 @dataclass
 class Coverage:
     """Which tensor of the artifact stands for which of the source."""
 
     kept: dict[str, tuple[TensorInfo, TensorInfo]] = field(default_factory=dict)  # source, ours
-    quantized: dict[str, tuple[TensorInfo, dict[str, TensorInfo]]] = field(default_factory=dict)
+    quantized: dict[str, Quantized] = field(default_factory=dict)  # by module
+    kv_scales: list[TensorInfo] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     kept_modules: list[str] = field(default_factory=list)  # linears that stay unquantized
     expected_bytes: int = 0  # of all tensors, as the scheme promises from the source's shapes
 
 
 def cover(
-    source: Checkpoint, artifact: Checkpoint, form: WeightFormat, ignore: Sequence[str]
+    source: Checkpoint, artifact: Checkpoint, formats: ModuleFormats, *, kv_cache: bool
 ) -> Coverage:
     """Account for every tensor of both sides; what does not add up is in `faults`."""
     coverage = Coverage()
@@ -58,7 +73,8 @@ def cover(
     linears = {info.name for info in source.linears()}
     for name, info in source.tensors.items():
         module = module_name(name)
-        if name in linears and not matches(module, ignore):
+        form = formats.of(module) if name in linears else None
+        if form is not None:
             _cover_quantized(coverage, module, info, form, left)
         elif name in left:
             ours = left.pop(name)
@@ -75,6 +91,8 @@ def cover(
         if embedding is not None:
             coverage.kept["lm_head.weight"] = (embedding, left.pop("lm_head.weight"))
             coverage.expected_bytes += embedding.bytes
+    if kv_cache:
+        _cover_kv_scales(coverage, source, left)
     coverage.faults += [f"{name} is not expected" for name in sorted(left)]
     return coverage
 
@@ -96,31 +114,46 @@ def _cover_quantized(
             coverage.faults.append(f"{module}.{suffix} is missing: the module is not quantized")
             continue
         found[suffix] = ours
-        dtypes = ("BF16", "F16", "F32") if suffix.endswith("_scale") else (dtype,)
+        dtypes = FLOAT_SCALES if dtype == scale_dtype else (dtype,)
         if ours.dtype not in dtypes or ours.shape != shape:
             coverage.faults.append(
                 f"{ours.name} is {ours.dtype} {list(ours.shape)}, "
                 f"{form.scheme} promises {dtype} {list(shape)}"
             )
     if found.keys() == layout.keys():
-        coverage.quantized[module] = (info, found)
+        coverage.quantized[module] = Quantized(info, form, found)
+
+
+def _cover_kv_scales(coverage: Coverage, source: Checkpoint, left: dict[str, TensorInfo]) -> None:
+    """One scale for all keys and one for all values of each attention module."""
+    attentions = [found[1] for name in source.tensors if (found := ATTENTION.match(name))]
+    for name in [f"{module}.{part}" for module in attentions for part in ("k_scale", "v_scale")]:
+        ours = left.pop(name, None)
+        if ours is None:
+            coverage.faults.append(f"{name} is missing: the KV cache has no scale")
+            continue
+        coverage.kv_scales.append(ours)
+        coverage.expected_bytes += ours.bytes
+        if ours.dtype not in FLOAT_SCALES or ours.elements != 1:
+            coverage.faults.append(f"{name} is {ours.dtype} {list(ours.shape)}, not one float")
 
 
 def check_tensors(
     source: Checkpoint,
     artifact: Checkpoint,
-    form: WeightFormat,
-    ignore: Sequence[str],
+    formats: ModuleFormats,
     *,
+    kv_cache: bool,
     rescales: bool,
     report: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Check], Coverage]:
     """Every check on tensors. Values are looked at only where names and shapes add up.
 
+    `kv_cache`: the recipe asks for scales of keys and values.
     `rescales`: the method moves scales between layers (AWQ), so that norms and kept weights inside
     layers may differ from the source by positive factors. `report` is told of bytes done.
     """
-    coverage = cover(source, artifact, form, ignore)
+    coverage = cover(source, artifact, formats, kv_cache=kv_cache)
     checks = [
         _check(
             "every tensor accounted for", coverage.faults, f"{len(source.tensors)} of the source"
@@ -132,9 +165,9 @@ def check_tensors(
     checks.append(_finite(artifact, report))
     if not coverage.faults:
         checks += [
-            _scales(coverage, form),
+            _scales(coverage),
             _kept(coverage, rescales),
-            _fidelity(coverage, form, rescales, report),
+            _fidelity(coverage, rescales, report),
             _size(artifact, coverage),
         ]
     return checks, coverage
@@ -178,20 +211,28 @@ def not_finite(values: npt.NDArray[np.generic], dtype: str) -> int:
     return int(np.count_nonzero(bad))
 
 
-def _scales(coverage: Coverage, form: WeightFormat) -> Check:
+def _scales(coverage: Coverage) -> Check:
     """Scales are positive; a packed module's `weight_shape` is the source's."""
     faults, count = [], 0
-    for module, (info, tensors) in coverage.quantized.items():
-        for suffix in ("weight_scale", "input_scale"):
-            if suffix in tensors:
-                scale = to_float32(load_tensor(tensors[suffix]), tensors[suffix].dtype)
-                count += scale.size
-                bad = int(np.count_nonzero(~(scale > 0)))
-                if bad:
-                    faults.append(f"{module}.{suffix} has {bad} of {scale.size} not above 0")
-        if form.packed and tuple(load_tensor(tensors["weight_shape"])) != info.shape:
-            faults.append(f"{module}.weight_shape is not {list(info.shape)}")
+    for info, values in _scale_values(coverage):
+        count += values.size
+        bad = int(np.count_nonzero(~(values > 0)))
+        if bad:
+            faults.append(f"{info.name} has {bad} of {values.size} not above 0")
+    for module, linear in coverage.quantized.items():
+        shape = linear.tensors.get("weight_shape")
+        if shape is not None and tuple(load_tensor(shape)) != linear.info.shape:
+            faults.append(f"{module}.weight_shape is not {list(linear.info.shape)}")
     return _check("scales are positive", faults, f"{count} scales")
+
+
+def _scale_values(coverage: Coverage) -> Iterator[tuple[TensorInfo, npt.NDArray[np.float32]]]:
+    for linear in coverage.quantized.values():
+        for suffix, info in linear.tensors.items():
+            if suffix.endswith("_scale"):
+                yield info, linear.form.scale_values(load_tensor(info), info.dtype, suffix)
+    for info in coverage.kv_scales:
+        yield info, to_float32(load_tensor(info), info.dtype)
 
 
 def _kept(coverage: Coverage, rescales: bool) -> Check:
@@ -222,23 +263,27 @@ def _kept(coverage: Coverage, rescales: bool) -> Check:
     return _check("unquantized tensors are identical", faults, fine)
 
 
-def _fidelity(
-    coverage: Coverage, form: WeightFormat, rescales: bool, report: Callable[[int], None]
-) -> Check:
+def _fidelity(coverage: Coverage, rescales: bool, report: Callable[[int], None]) -> Check:
     """Dequantized rows point where the source's rows do."""
-    least, faults, lowest = LEAST_COSINE[form.bits], [], 1.0
-    for module, (info, tensors) in coverage.quantized.items():
+    faults: list[str] = []
+    lowest: dict[int, float] = {}  # by bits
+    for module, linear in coverage.quantized.items():
+        info, form = linear.info, linear.form
         rows = _sample(info.shape[0])
         theirs = to_float32(np.asarray(load_tensor(info)[rows]), info.dtype)
-        ours = form.dequantized_rows(tensors, rows, info.shape[1])
+        ours = form.dequantized_rows(linear.tensors, rows, info.shape[1])
         if rescales:
             theirs = _rescaled(theirs, ours)
         cosine = _cosine(theirs, ours)
-        lowest = min(lowest, cosine)
-        if not cosine >= least:
+        lowest[form.bits] = min(lowest.get(form.bits, 1.0), cosine)
+        if not cosine >= LEAST_COSINE[form.bits]:
             faults.append(f"{module}: cosine {cosine:.3f}")
         report(0)
-    fine = f"lowest cosine with the source {lowest:.4f} on sampled rows (at least {least})"
+    figures = [
+        f"{cosine:.4f} at {bits} bits (at least {LEAST_COSINE[bits]})"
+        for bits, cosine in sorted(lowest.items())
+    ]
+    fine = f"lowest cosine with the source on sampled rows: {', '.join(figures)}"
     return _check("quantized weights are the source's", faults, fine)
 
 

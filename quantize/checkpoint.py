@@ -33,9 +33,7 @@ __all__ = [
     "chat_template",
     "checkpoint_files",
     "examine",
-    "matches",
     "model_folder",
-    "module_name",
     "read_checkpoint",
 ]
 
@@ -107,23 +105,6 @@ class Checkpoint:
     def layer_linears(self) -> tuple[TensorInfo, ...]:
         """Those of :meth:`linears` that belong to a numbered layer."""
         return tuple(info for info in self.linears() if LAYER.search(info.name))
-
-
-def module_name(tensor: str) -> str:
-    """`model.layers.0.mlp.up_proj.weight` → `model.layers.0.mlp.up_proj`."""
-    return tensor.rpartition(".")[0]
-
-
-def matches(module: str, patterns: Sequence[str]) -> bool:
-    """Whether a module is named by a list of names and `re:` patterns.
-
-    The rule of compressed-tensors (`utils/match.py`, match_name): a pattern matches from the start
-    of the full name on; anything else must equal it.
-    """
-    return any(
-        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module
-        for entry in patterns
-    )
 
 
 def model_folder(artifact: Artifact) -> Path:

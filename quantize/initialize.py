@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from quantize.checkpoint import Checkpoint, card_metadata, module_name, read_checkpoint
+from quantize.checkpoint import Checkpoint, card_metadata, read_checkpoint
 from quantize.errors import SourceError, UsageError
+from quantize.modules import module_name
 from quantize.recipe import DATA_FREE, DEFAULT_SCHEME, GROUPED, Method
 from quantize.resources import find_checkpoint, shipped_root
 from quantize.tensors import TensorInfo

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import (
-    LAYER,
-    Checkpoint,
-    examine,
-    matches,
-    module_name,
-)
+from quantize.checkpoint import LAYER, Checkpoint, examine
 from quantize.errors import SourceError
 from quantize.findings import Finding
-from quantize.formats import BLOCK, WeightFormat, layout_bytes, weight_format
+from quantize.formats import (
+    BLOCK,
+    ModuleFormats,
+    Rule,
+    WeightFormat,
+    layout_bytes,
+    module_formats,
+)
 from quantize.model_files import read_json_object
-from quantize.recipe import Recipe
+from quantize.modules import matches, module_name, nearest, served_unit
+from quantize.recipe import GROUPED, Recipe
 from quantize.tensors import TensorInfo, read_header
 
 ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|w2|wo)$")
@@ -38,9 +40,9 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> list[Finding]:
 
 def check_source(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
     """What the recipe asks for and this checkpoint's shapes do not allow."""
-    findings = _check_ignore(checkpoint, recipe.quantize.ignore)
-    ignore = recipe.quantize.ignore
-    chosen = [i for i in checkpoint.linears() if not matches(module_name(i.name), ignore)]
+    formats = module_formats(recipe.quantize)
+    findings = _check_patterns(checkpoint, formats)
+    chosen = _chosen(checkpoint, formats)
     if not chosen:
         findings.append(
             Finding(
@@ -48,18 +50,20 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
                 "shorten quantize.ignore",
             )
         )
-    if checkpoint.tied_embeddings and not matches("lm_head", ignore):
+    if checkpoint.tied_embeddings and formats.of("lm_head") is not None:
         findings.append(
             Finding(
                 "lm_head shares its weight with the embedding and cannot be quantized alone",
                 "add lm_head to quantize.ignore",
             )
         )
-    form = weight_format(recipe.quantize)
-    findings += _check_groups(chosen, form)
-    findings += _check_blocks(chosen, form)
+    for rule in formats.rules:
+        infos = [info for info, theirs in chosen if theirs is rule]
+        findings += _check_groups(infos, rule)
+        findings += _check_blocks(infos, rule.form)
+    findings += _check_units(checkpoint, formats)
     for size in sorted({recipe.serve.tensor_parallel_size, *recipe.serve.tensor_parallel_sizes}):
-        findings += _check_tensor_parallel(checkpoint, chosen, form, size)
+        findings += _check_tensor_parallel(checkpoint, chosen, size)
     return findings + _check_lengths(checkpoint, recipe)
 
 
@@ -100,42 +104,53 @@ def check_adapter(folder: Path) -> list[Finding]:
 
 def promised_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Bytes of the artifact's tensors: quantized ones by their format, the others as they are."""
-    form, ignore = weight_format(recipe.quantize), recipe.quantize.ignore
-    chosen = {i.name for i in checkpoint.linears() if not matches(module_name(i.name), ignore)}
+    chosen = {i.name: r.form for i, r in _chosen(checkpoint, module_formats(recipe.quantize))}
     return sum(
-        layout_bytes(form.layout(info.shape, "BF16")) if name in chosen else info.bytes
+        layout_bytes(chosen[name].layout(info.shape, "BF16")) if name in chosen else info.bytes
         for name, info in checkpoint.tensors.items()
     )
 
 
-def _check_ignore(checkpoint: Checkpoint, ignore: Sequence[str]) -> list[Finding]:
-    """A misspelt entry would quantize what its author wanted to keep."""
+def _chosen(checkpoint: Checkpoint, formats: ModuleFormats) -> list[tuple[TensorInfo, Rule]]:
+    """The weights that are quantized, each with the rule that says how."""
+    rules = [(info, formats.rule(module_name(info.name))) for info in checkpoint.linears()]
+    return [(info, rule) for info, rule in rules if rule is not None]
+
+
+def _check_patterns(checkpoint: Checkpoint, formats: ModuleFormats) -> list[Finding]:
+    """A misspelt entry would quantize what its author wanted to keep, or in another format."""
     modules = [module_name(info.name) for info in checkpoint.linears()]
-    findings = []
-    for entry in ignore:
-        if entry != "lm_head" and not any(matches(module, [entry]) for module in modules):
-            findings.append(
-                Finding(
-                    f"quantize.ignore: {entry!r} matches none of the {len(modules)} linears",
-                    f"names look like {modules[0] if modules else 'model.layers.0.mlp.up_proj'}; "
-                    "correct the entry or remove it",
-                )
-            )
+    entries = [("quantize.ignore", entry) for entry in formats.ignore if entry != "lm_head"]
+    entries += [(f"{rule.key}.modules", e) for rule in formats.rules for e in rule.modules or ()]
+    findings = [
+        Finding(
+            f"{key}: {entry!r} matches none of the {len(modules)} linears",
+            f"names look like {', '.join(nearest(entry, modules))}; correct the entry or remove it",
+        )
+        for key, entry in entries
+        if not any(matches(module, [entry]) for module in modules)
+    ]
+    used = {rule.key for module in modules if (rule := formats.rule(module)) is not None}
+    for rule in formats.rules:
+        if rule.modules is None or rule.key in used:
+            continue
+        if any(matches(module, rule.modules) for module in modules):
+            message = f"{rule.key} changes nothing: ignore or earlier overrides name its modules"
+            findings.append(Finding(message, "remove it, or put it before the others"))
     return findings
 
 
-def _check_groups(chosen: Sequence[TensorInfo], form: WeightFormat) -> list[Finding]:
+def _check_groups(infos: Sequence[TensorInfo], rule: Rule) -> list[Finding]:
     """llm-compressor (`group_size_validation.py`): the input must be a whole number of groups."""
-    size = form.group_size
-    bad = [info for info in chosen if size is not None and info.shape[1] % size]
+    size = rule.form.group_size
+    bad = [info for info in infos if size is not None and info.shape[1] % size]
     if not bad or size is None:
         return []
-    fitting = [g for g in USUAL_GROUPS if all(info.shape[1] % g == 0 for info in chosen)]
-    hint = (
-        f"set quantize.group_size to {' or '.join(map(str, fitting))}"
-        if fitting
-        else ("add these modules to quantize.ignore, or take a scheme without groups (FP8_DYNAMIC)")
-    )
+    fitting = [g for g in USUAL_GROUPS if all(info.shape[1] % g == 0 for info in infos)]
+    hint = "add these modules to quantize.ignore, or take a scheme without groups (FP8_DYNAMIC)"
+    if rule.form.scheme in GROUPED:
+        sizes = [*map(str, fitting), "channel"]
+        hint = f"set {rule.key}.group_size to {' or '.join(sizes)}"
     columns = sorted({info.shape[1] for info in bad})
     return [
         Finding(
@@ -170,8 +185,37 @@ def _check_blocks(chosen: Sequence[TensorInfo], form: WeightFormat) -> list[Find
     ]
 
 
+def _check_units(checkpoint: Checkpoint, formats: ModuleFormats) -> list[Finding]:
+    """Linears that are served as one matrix have one format, or none of them has any."""
+    units: dict[str, dict[str, WeightFormat | None]] = {}
+    for info in checkpoint.layer_linears():
+        module = module_name(info.name)
+        units.setdefault(served_unit(module), {})[module] = formats.of(module)
+    split = [members for members in units.values() if len(set(members.values())) > 1]
+    if not split:
+        return []
+    first: dict[WeightFormat | None, str] = {}
+    for module, form in split[0].items():
+        first.setdefault(form, module)
+    said = [f"{module} {_said(form)}" for form, module in first.items()]
+    more = f" (and {len(split) - 1} more groups of modules)" if split[1:] else ""
+    return [
+        Finding(
+            f"vLLM serves as one what the recipe treats differently: {', '.join(said)}{more}",
+            "name q_proj, k_proj and v_proj together, gate_proj and up_proj together, and all "
+            "experts of a layer together, in overrides and in ignore",
+        )
+    ]
+
+
+def _said(form: WeightFormat | None) -> str:
+    if form is None:
+        return "in BF16"
+    return f"in {form.scheme}" + (f" with groups of {form.group_size}" if form.group_size else "")
+
+
 def _check_tensor_parallel(
-    checkpoint: Checkpoint, chosen: Sequence[TensorInfo], form: WeightFormat, size: int
+    checkpoint: Checkpoint, chosen: Sequence[tuple[TensorInfo, Rule]], size: int
 ) -> list[Finding]:
     """Heads, outputs and groups must split evenly over `size` GPUs."""
     if size == 1:
@@ -183,9 +227,9 @@ def _check_tensor_parallel(
     kv_heads = checkpoint.dimension("num_key_value_heads")
     if kv_heads is not None and kv_heads % size and size % kv_heads:
         faults.append(f"{kv_heads} key-value heads")
-    block = BLOCK if form.strategy == "block" else 1
-    for info in chosen:
-        module = module_name(info.name)
+    for info, rule in chosen:
+        module, form = module_name(info.name), rule.form
+        block = BLOCK if form.strategy == "block" else 1
         if not LAYER.search(info.name):
             continue
         if ROW_PARALLEL.search(module):

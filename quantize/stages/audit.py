@@ -12,15 +12,15 @@ A failed check is a ToolError: the compress stage made something that must not b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quantize.artifact_checks import Check, check_tensors
-from quantize.checkpoint import Checkpoint, chat_template, matches, model_folder, read_checkpoint
+from quantize.checkpoint import Checkpoint, chat_template, model_folder, read_checkpoint
+from quantize.config_checks import check_model_config, check_quantization_config
 from quantize.errors import SourceError, ToolError
-from quantize.formats import WeightFormat, weight_format
+from quantize.formats import module_formats
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json
 from quantize.recipe import Quantize
@@ -43,11 +43,6 @@ TOLERATED: dict[str, dict[str, str]] = {
 }
 """Top-level keys that may differ in a rewritten JSON file, and why."""
 
-CONFIG_TOLERATED = frozenset(
-    {"quantization_config", "transformers_version", "_name_or_path", "torch_dtype", "dtype"}
-)
-"""Keys of config.json that quantizing changes: the rest of what both sides state is equal."""
-
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
     """None: the audit is the core's own, in numpy."""
@@ -57,12 +52,17 @@ def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     """What the recipe promises of the artifact."""
     quantize = resolved.recipe.quantize
-    return {
+    inputs: dict[str, Any] = {
         "scheme": quantize.effective_scheme,
         "group_size": quantize.effective_group_size,
         "ignore": list(quantize.ignore),
         "method": quantize.method,
     }
+    if quantize.overrides:
+        inputs["overrides"] = quantize.effective_overrides
+    if quantize.kv_cache is not None:
+        inputs["kv_cache"] = quantize.kv_cache
+    return inputs
 
 
 def run(context: StageContext) -> None:
@@ -100,7 +100,7 @@ def audit_folder(
     place; a source that cannot be read is a SourceError.
     """
     source = read_checkpoint(source_folder)
-    form = weight_format(quantize)
+    kv_cache = quantize.kv_cache is not None
     try:
         artifact = read_checkpoint(artifact_folder, allow_quantized=True)
     except SourceError as error:
@@ -109,12 +109,17 @@ def audit_folder(
     checks, coverage = check_tensors(
         source,
         artifact,
-        form,
-        quantize.ignore,
+        module_formats(quantize),
+        kv_cache=kv_cache,
         rescales="awq" in quantize.method,
         report=report,
     )
-    checks.append(check_quantization_config(artifact.config, form, coverage.kept_modules))
+    formats = {module: linear.form for module, linear in coverage.quantized.items()}
+    checks.append(
+        check_quantization_config(
+            artifact.config, formats, coverage.kept_modules, kv_cache=kv_cache
+        )
+    )
     checks.append(check_model_config(source.config, artifact.config))
     checks += check_files(source, artifact)
     return {
@@ -128,56 +133,6 @@ def audit_folder(
         },
         "size_ratio": artifact.weight_bytes / source.weight_bytes,
     }
-
-
-def check_quantization_config(
-    config: dict[str, Any], form: WeightFormat, kept_modules: Sequence[str]
-) -> Check:
-    """`quantization_config` tells a server the format that the tensors have."""
-    name = "quantization_config"
-    stated = config.get("quantization_config")
-    if not isinstance(stated, dict):
-        return Check(name, False, "config.json has none: servers would read the model as BF16")
-    faults = _differences(
-        {"quant_method": "compressed-tensors", "format": form.compression}, stated
-    )
-    group_size = form.group_size if form.strategy == "group" else None
-    promised = {
-        "num_bits": form.bits,
-        "type": "float" if form.compression == "float-quantized" else "int",
-        "strategy": form.strategy,
-        "symmetric": form.symmetric,
-        "group_size": group_size,
-    }
-    groups = stated.get("config_groups") or {}
-    if not groups:
-        faults.append("no config_groups")
-    for key, group in groups.items():
-        faults += [f"{key}.weights.{fault}" for fault in _differences(promised, group["weights"])]
-        activations = group.get("input_activations") or {}
-        if form.static_input and activations.get("dynamic") is not False:
-            faults.append(f"{key}.input_activations is not static")
-    ignore = stated.get("ignore") or []
-    unlisted = [module for module in kept_modules if not matches(module, ignore)]
-    if unlisted:
-        faults.append(f"ignore lacks {', '.join(unlisted[:3])}, which is not quantized")
-    return Check(name, not faults, "; ".join(faults) or f"{form.compression}, {form.scheme}")
-
-
-def check_model_config(source: dict[str, Any], artifact: dict[str, Any]) -> Check:
-    """Whatever both configs state of the model is equal; a rewrite may add defaults."""
-    both = (source.keys() & artifact.keys()) - CONFIG_TOLERATED
-    faults = _differences({key: source[key] for key in sorted(both)}, artifact)
-    if _rope_theta(source) != _rope_theta(artifact):
-        faults.append(f"rope_theta {_rope_theta(source)} became {_rope_theta(artifact)}")
-    return Check("model config", not faults, "; ".join(faults) or f"{len(both)} keys are equal")
-
-
-def _rope_theta(config: dict[str, Any]) -> Any:
-    """Transformers 5 moves it from the top level into rope_parameters."""
-    nested = config.get("rope_parameters")
-    inside = nested.get("rope_theta") if isinstance(nested, dict) else None
-    return config.get("rope_theta", inside)
 
 
 def check_files(source: Checkpoint, artifact: Checkpoint) -> list[Check]:
@@ -237,11 +192,3 @@ def _compare(
     changed = sorted(key for key in {*left, *right} if left.get(key) != right.get(key))
     faults += [f"{name}: {key} differs" for key in changed if key not in allowed]
     tolerated += [f"{name}: {key} ({allowed[key]})" for key in changed if key in allowed]
-
-
-def _differences(promised: dict[str, Any], stated: dict[str, Any]) -> list[str]:
-    return [
-        f"{key} is {stated.get(key)!r}, not {value!r}"
-        for key, value in promised.items()
-        if stated.get(key) != value
-    ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quantize.recipe import Quantize, Recipe
+from quantize.recipe import Recipe
 
 Tensors = dict[str, tuple[str, np.ndarray]]  # name → safetensors dtype, values or bits
 
@@ -141,129 +141,6 @@ def recipe(source: str = "checkpoint", **blocks: Any) -> Recipe:
         "quantize": {"method": "awq", "group_size": GROUP},
     }
     return Recipe.model_validate_json(json.dumps(given | blocks))
-
-
-def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Signed integers (n, m) into int32 words (n, ceil(m * bits / 32)), the first lowest."""
-    per_word = 32 // bits
-    rows = []
-    for row in values.tolist():
-        words = []
-        for start in range(0, len(row), per_word):
-            word = 0
-            for place, value in enumerate(row[start : start + per_word]):
-                word |= (value + (1 << (bits - 1))) << (place * bits)
-            words.append(word - (1 << 32) if word >= 1 << 31 else word)
-        rows.append(words)
-    return np.array(rows, "<i4")
-
-
-def quantized_tensors(tensors: Tensors, quantize: Quantize) -> Tensors:
-    """Every linear of the layers, rounded to nearest; the rest as it is."""
-    result: Tensors = {}
-    for name, (dtype, bits) in tensors.items():
-        if name.endswith("_proj.weight"):
-            module = name.removesuffix(".weight")
-            parts = _quantized(floats(bits), quantize)
-            result |= {f"{module}.{suffix}": part for suffix, part in parts.items()}
-        else:
-            result[name] = (dtype, bits)
-    return result
-
-
-def _quantized(weight: np.ndarray, quantize: Quantize) -> Tensors:
-    scheme = quantize.effective_scheme
-    rows, columns = weight.shape
-    if scheme in ("W4A16", "W4A16_ASYM", "W8A16"):
-        bits = 8 if scheme == "W8A16" else 4
-        group = quantize.effective_group_size or 128
-        groups = weight.reshape(rows, columns // group, group)
-        top = (1 << (bits - 1)) - 1
-        if scheme == "W4A16_ASYM":
-            low, high = groups.min(-1), groups.max(-1)
-            scale = bf16((high - low) / 15 * 1.01)
-            zero = np.clip(np.round(-8 - low / floats(scale)), -8, 7).astype(int)
-        else:
-            scale = bf16(np.abs(groups).max(-1) / top * 1.01)
-            zero = np.zeros(scale.shape, int)
-        q = np.round(groups / floats(scale)[..., None]) + zero[..., None]
-        q = np.clip(q, -top - 1, top).astype(int).reshape(rows, columns)
-        parts: Tensors = {
-            "weight_packed": ("I32", pack(q, bits)),
-            "weight_scale": ("BF16", scale),
-            "weight_shape": ("I64", np.array([rows, columns], "<i8")),
-        }
-        if scheme == "W4A16_ASYM":
-            parts["weight_zero_point"] = ("I32", pack(zero.T, bits).T)
-        return parts
-    if scheme == "W8A8":
-        scale = bf16(np.abs(weight).max(1, keepdims=True) / 127 * 1.01)
-        q = np.clip(np.round(weight / floats(scale)), -128, 127).astype("i1")
-        return {"weight": ("I8", q), "weight_scale": ("BF16", scale)}
-    return _fp8(weight, scheme)
-
-
-def _fp8(weight: np.ndarray, scheme: str) -> Tensors:
-    rows, columns = weight.shape
-    if scheme == "FP8_BLOCK":
-        blocks = weight.reshape(-(-rows // 64) // 2 or 1, -1, columns // 128, 128)
-        scale = bf16(np.abs(blocks).max((1, 3)) / 448 * 1.01)
-        spread = np.repeat(np.repeat(floats(scale), 128, 0)[:rows], 128, 1)
-    elif scheme == "FP8":
-        scale = bf16(np.abs(weight).max(keepdims=True).reshape(1) / 448 * 1.01)
-        spread = floats(scale)
-    else:
-        scale = bf16(np.abs(weight).max(1, keepdims=True) / 448 * 1.01)
-        spread = floats(scale)
-    parts: Tensors = {"weight": ("F8_E4M3", e4m3(weight / spread)), "weight_scale": ("BF16", scale)}
-    if scheme == "FP8":
-        parts["input_scale"] = ("BF16", bf16(np.array([0.05])))
-    return parts
-
-
-def e4m3(values: np.ndarray) -> np.ndarray:
-    """Bits of FP8 E4M3 by truncation of the magnitude: S.eeee.mmm, bias 7."""
-    magnitude = np.abs(values).astype(np.float64)
-    exponent = np.floor(np.log2(np.maximum(magnitude, 2.0**-9)))
-    exponent = np.clip(exponent, -6, 8)
-    steps = np.floor(magnitude / 2.0 ** (exponent - 3)).astype(int)  # 8..15 when normal
-    normal = steps >= 8
-    biased = np.where(normal, exponent + 7, 0).astype(int)
-    bits = (biased << 3) | np.where(normal, steps - 8, steps)
-    return (bits | np.where(values < 0, 0x80, 0)).astype("u1")
-
-
-def quantization_config(quantize: Quantize) -> dict[str, Any]:
-    """As compressed-tensors 0.19 writes it."""
-    scheme = quantize.effective_scheme
-    names = {"W4A16": 4, "W4A16_ASYM": 4}
-    packed = scheme.endswith(("A16", "ASYM"))
-    strategy = {"FP8": "tensor", "FP8_BLOCK": "block"}.get(scheme, "channel")
-    group = (quantize.effective_group_size or 128) if packed else None
-    form = "pack" if packed else "int" if scheme == "W8A8" else "float"
-    activations = None if packed else {"dynamic": scheme != "FP8", "num_bits": 8}
-    weights = {
-        "num_bits": names.get(scheme, 8),
-        "type": "float" if form == "float" else "int",
-        "strategy": "group" if packed else strategy,
-        "symmetric": scheme != "W4A16_ASYM",
-        "group_size": group,
-        "dynamic": False,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": f"{form}-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-        },
-    }
-
-
-def write_quantized(folder: Path, tensors: Tensors, quantize: Quantize) -> Path:
-    """What the compress stage makes of :func:`write_checkpoint` of the same tensors."""
-    config = llama_config() | {"quantization_config": quantization_config(quantize)}
-    return write_checkpoint(folder, quantized_tensors(tensors, quantize), config)
 
 
 def edit_json(path: Path, change: Mapping[str, Any]) -> None:

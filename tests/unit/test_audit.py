@@ -12,12 +12,11 @@ from checkpoints import (
     floats,
     llama_config,
     llama_tensors,
-    quantized_tensors,
     write_checkpoint,
     write_json,
-    write_quantized,
     write_weights,
 )
+from quantized import quantized_tensors, write_quantized
 from records_fixture import artifact, new_store, stage_context
 from test_formats import CASES
 
@@ -58,7 +57,7 @@ def damage(folder: Path, quantize: Quantize = ASYM, **changes: Any) -> None:
 
 @pytest.mark.parametrize(("method", "scheme", "group"), CASES)
 def test_a_sound_artifact_passes(
-    tmp_path: Path, source: Path, method: str, scheme: str, group: int | None
+    tmp_path: Path, source: Path, method: str, scheme: str, group: int | str | None
 ) -> None:
     quantize = Quantize(method=method, scheme=scheme, group_size=group)
     ours = write_quantized(tmp_path / "ours", llama_tensors(), quantize)
@@ -70,6 +69,91 @@ def test_a_sound_artifact_passes(
     assert audit["bytes"]["artifact"] == audit["bytes"]["expected"]
     assert audit["size_ratio"] == audit["bytes"]["artifact"] / audit["bytes"]["source"]
     assert 0.25 < audit["size_ratio"] < 0.65
+
+
+def mixed(**more: Any) -> Quantize:
+    overrides = [
+        {"modules": ["re:.*down_proj$"], "scheme": "FP8_DYNAMIC"},
+        {"modules": ["re:.*layers\\.1\\.self_attn"], "scheme": "NVFP4A16"},
+        {"modules": ["re:.*o_proj$"], "scheme": "W4A16", "group_size": "channel"},
+    ]
+    given = {"method": "rtn", "scheme": "W4A16_ASYM", "group_size": 32, "overrides": overrides}
+    return Quantize.model_validate_json(json.dumps(given | more))
+
+
+def test_a_sound_mixed_artifact_with_a_kv_cache_passes(tmp_path: Path, source: Path) -> None:
+    quantize = mixed(kv_cache="fp8")
+    ours = write_quantized(tmp_path / "ours", llama_tensors(), quantize)
+    config = json.loads((ours / "config.json").read_text())["quantization_config"]
+    # Two groups that name a module must say the same to be read alike everywhere.
+    config["config_groups"]["group_2"]["targets"] = ["model.layers.0.self_attn.o_proj"]
+    edit_json(ours / "config.json", {"quantization_config": config})
+    write_weights(ours, quantized_tensors(llama_tensors(), quantize), shards=3)
+    (ours / "model.safetensors").unlink()
+    audit = audit_folder(source, ours, quantize)
+    assert [check for check in audit["checks"] if not check["passed"]] == []
+    assert (audit["quantized_modules"], audit["kept_modules"]) == (14, ["lm_head"])
+    assert audit["bytes"]["artifact"] == audit["bytes"]["expected"]
+    details = {check["name"]: check["detail"] for check in audit["checks"]}
+    assert details["quantization_config"].startswith("mixed-precision, FP8_DYNAMIC, NVFP4A16, W4A")
+    assert "at 4 bits" in details["quantized weights are the source's"]
+    assert "at 8 bits" in details["quantized weights are the source's"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"group_0": None}, "group_3.weights.num_bits is 4, not 8 (model.layers.0.mlp.down_proj)"),
+        ({"group_3": None}, "no config group names (model.layers.0"),
+        ({"group_0": {"format": None}}, "group_0.format is None, not 'float-quantized'"),
+        ({"group_0": {"input_activations": None}}, "input_activations is absent, not dynamic"),
+        ({"group_3": {"input_activations": {"dynamic": False}}}, "is static, not None"),
+        ({"group_1": {"targets": ["re:.*layers.1"]}}, "group_1.weights.strategy is 'tensor_group'"),
+    ],
+)
+def test_config_groups_that_lie(
+    source: Path, tmp_path: Path, change: dict[str, Any], fault: str
+) -> None:
+    ours = write_quantized(tmp_path / "ours", llama_tensors(), mixed())
+    config = json.loads((ours / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"]
+    groups["group_2"]["targets"] = ["model.layers.0.self_attn.o_proj"]
+    for key, values in change.items():
+        groups[key] = None if values is None else groups[key] | values
+    config["config_groups"] = {key: group for key, group in groups.items() if group is not None}
+    edit_json(ours / "config.json", {"quantization_config": config})
+    found = failed(source, ours, mixed())
+    assert found.keys() == {"quantization_config"}
+    assert fault in found["quantization_config"]
+
+
+def test_a_module_in_another_scheme_than_its_own(source: Path, tmp_path: Path) -> None:
+    ours = write_quantized(tmp_path / "ours", llama_tensors(), ASYM)
+    found = failed(source, ours, mixed())["every tensor accounted for"]
+    assert "model.layers.0.mlp.down_proj.weight is missing" in found
+    assert "model.layers.1.self_attn.k_proj.weight_global_scale is missing" in found
+
+
+def test_kv_scales_are_there_exactly_when_asked_for(source: Path, tmp_path: Path) -> None:
+    cached = ASYM.model_copy(update={"kv_cache": "fp8"})
+    plain = write_quantized(tmp_path / "plain", llama_tensors(), ASYM)
+    found = failed(source, plain, cached)
+    scale = "model.layers.0.self_attn.k_scale"
+    assert f"{scale} is missing" in found["every tensor accounted for"]
+    assert "kv_cache_scheme.num_bits is None, not 8" in found["quantization_config"]
+    ours = write_quantized(tmp_path / "ours", llama_tensors(), cached)
+    assert failed(source, ours, cached) == {}
+    found = failed(source, ours, ASYM)
+    assert f"{scale} is not expected" in found["every tensor accounted for"]
+    assert "does not ask for it" in found["quantization_config"]
+    damage(ours, cached, **{scale: ("BF16", bf16(np.zeros(1)))})
+    found = failed(source, ours, cached)
+    assert found == {"scales are positive": f"{scale} has 1 of 1 not above 0"}
+    damage(ours, cached, **{scale: ("BF16", bf16(np.ones(2)))})
+    assert (
+        f"{scale} is BF16 [2], not one"
+        in failed(source, ours, cached)["every tensor accounted for"]
+    )
 
 
 def test_a_missing_and_an_unexpected_tensor(source: Path, ours: Path) -> None:

@@ -21,8 +21,6 @@ from quantize.checkpoint import (
     chat_template,
     checkpoint_files,
     examine,
-    matches,
-    module_name,
     read_checkpoint,
 )
 from quantize.errors import CredentialsError, ResourceError, SourceError
@@ -233,25 +231,6 @@ def test_findings_take_the_lowest_exit_code() -> None:
         raise_findings([token])
     assert (error.value.message, error.value.hint) == ("e", "f")
     raise_findings([])
-
-
-@pytest.mark.parametrize(
-    ("module", "patterns", "expected"),
-    [
-        ("lm_head", ["lm_head"], True),
-        ("model.lm_head", ["lm_head"], False),
-        ("model.layers.0.mlp.gate", ["re:.*mlp.gate$"], True),
-        ("model.layers.0.mlp.gate_proj", ["re:.*mlp.gate$"], False),
-        ("model.layers.0.mlp.gate", ["re:mlp"], False),  # from the start of the name, like re.match
-        ("model.layers.10.mlp", ["x", "re:model.layers.1.*"], True),
-    ],
-)
-def test_ignore_patterns(module: str, patterns: list[str], expected: bool) -> None:
-    assert matches(module, patterns) is expected
-
-
-def test_module_names() -> None:
-    assert module_name("model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj"
 
 
 def test_the_chat_template_that_transformers_would_use(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_fp8_blocks_need_multiples_of_128(tmp_path: Path) -> None:
     assert "k_proj.weight [64, 128]" in found  # joined with v_proj by the server
     assert "v_proj" not in found  # the last of those joined is padded
     assert "FP8_DYNAMIC" in found
-    ignore = ["lm_head", "re:.*[qk]_proj"]
+    ignore = ["lm_head", "re:.*[qkv]_proj"]
     block = {"method": "fp8", "scheme": "FP8_BLOCK", "ignore": ignore}
     assert messages(sound, quantize=block) == ""
 
