@@ -130,6 +130,62 @@ def show_plan(session: Any, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("recipe")
+@click.option(
+    "--budget",
+    required=True,
+    metavar="SIZE",
+    help="Bits a quantizable parameter (4.5bits), or all weights (3.2GB, 350MiB).",
+)
+@click.option(
+    "--schemes",
+    metavar="LIST",
+    help="Choose among these, e.g. W4A16_ASYM,W8A16,BF16  [default: what is served here]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The new recipe  [default: RECIPE-BUDGET.yaml]",
+)
+@click.option("--force", is_flag=True, help="Overwrite what an earlier search wrote.")
+@STORE
+@SET
+@JSON
+def search(
+    recipe: str,
+    budget: str,
+    schemes: str | None,
+    output: Path | None,
+    force: bool,
+    store_folder: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write a recipe that gives each layer of RECIPE the scheme that serves a size best.
+
+    Runs the stages up to compress if they are not done: they measure what each scheme does to each
+    layer. Beside the recipe goes the whole frontier, as JSON and as a plot.
+    """
+    from quantize.report.frontier import frontier_table
+    from quantize.report.summary import places_text
+    from quantize.report.tables import render
+    from quantize.searching import Request, search_recipe
+    from quantize.session import Session
+
+    request = Request.of(recipe, budget, schemes, output, force, overrides)
+    with handle_signals():
+        session = Session.open(recipe, overrides, store_folder, online=True)
+        searched = search_recipe(session, request, as_json=as_json)
+    if as_json:
+        click.echo(json.dumps(searched.json(), indent=1, ensure_ascii=False))
+        return
+    click.echo(render(frontier_table(searched.found)), nl=False)
+    click.echo(places_text(searched.places()))
+    click.echo(f"next: quantize run {request.output}")
+
+
+@main.command()
 @click.argument("recipe", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every environment.")
 def setup(recipe: str | None, everything: bool) -> None:

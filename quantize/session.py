@@ -27,7 +27,7 @@ from quantize.resolve import PLAN_HASH_LIMIT_BYTES, resolve
 from quantize.resources import find_recipe
 from quantize.runner import Runner
 from quantize.stages.base import Resolved
-from quantize.store import Store
+from quantize.store import Artifact, Store
 
 Write = Callable[[str], None]
 
@@ -96,6 +96,21 @@ class Session:
         progress.finish("done")
         self._finish(folder, outcome, runner, started, None, as_json, write)
         return 0
+
+    def artifacts_until(self, last: str, *, as_json: bool) -> dict[str, Artifact]:
+        """Run what is missing up to a stage, as :meth:`run` does; artifacts by their stage's id."""
+
+        def unsaid(_line: str) -> None:
+            """The caller has more to say than that stages ran."""
+
+        selected = select(self.plan, None, None, last)
+        self.run(only=None, first=None, last=last, as_json=as_json, write=unsaid)
+        found = {
+            entry.id: self.store.get(entry.kind, entry.key)
+            for entry in self.plan.stages
+            if entry.id in selected and entry.key is not None
+        }
+        return {name: artifact for name, artifact in found.items() if artifact is not None}
 
     def _kinds_to_run(self, selected: Sequence[str]) -> set[str]:
         """Kinds of the stages that this run will do something for, as far as the plan knows."""
