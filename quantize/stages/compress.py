@@ -1,15 +1,19 @@
-"""Quantize: llm-compressor in its environment, on the calibrate stage's token ids."""
+"""Quantize: an engine in llm-compressor's environment, on the calibrate stage's token ids."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from quantize.checkpoint import model_folder
+from quantize.engine.support import why_not
 from quantize.model_files import TOKENIZER_FILES, any_match, checkpoint_files
 from quantize.protocol import write_json
 from quantize.stages.base import Resolved, StageContext
 
-VERSION = 1
+VERSION = 2
+
+WORKERS = {"stream": "stream", "llmcompressor": "oneshot"}
+"""Engine of the recipe → the worker that is it."""
 
 VERBATIM = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json", "LICENSE*")
 """Taken over from the source byte by byte: libraries rewrite these when they save."""
@@ -41,7 +45,10 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
 
 
 def run(context: StageContext) -> None:
-    """Run the worker; write the checkpoint into `model/` and what was done into `compress.json`."""
+    """Run the worker; write the checkpoint into `model/` and what was done into `compress.json`.
+
+    The streaming engine leaves `sensitivity.json` beside it where there was calibration data.
+    """
     quantize = context.recipe.quantize
     source = model_folder(context.inputs["fetch"])
     output = context.files / "model"
@@ -59,25 +66,35 @@ def run(context: StageContext) -> None:
         "dampening": quantize.dampening,
         "activation_order": quantize.activation_order,
     }
+    engine = _engine(context)
     copied = [name for name in checkpoint_files(source) if any_match(name, VERBATIM)]
     result = context.runner.worker(
         "llmcompressor",
-        "compress",
+        WORKERS[engine["engine"]],
         request | {"model": str(source), "output": str(output), "tokens": tokens, "copy": copied},
         work=context.work,
         label="compress",
         env={"HF_HUB_OFFLINE": "1"},
     )
-    context.versions.update(result["versions"])
+    context.versions.update(result.pop("versions"))
     write_json(
         context.files / "compress.json",
         request
-        | {
-            "engine": quantize.engine,
-            "calibrated": tokens is not None,
-            "quantized": result["quantized"],
-            "seconds": result["seconds"],
-            "peak_memory_bytes": result["peak_memory_bytes"],
-            "versions": result["versions"],
-        },
+        | engine
+        | {"calibrated": tokens is not None, "versions": context.versions}
+        | result,
     )
+
+
+def _engine(context: StageContext) -> dict[str, str]:
+    """`engine`, and `engine_note` where it is not the one that the recipe asks for."""
+    quantize = context.recipe.quantize
+    source = context.inputs["fetch"].json("source.json")
+    if quantize.engine == "stream":
+        reason = why_not(source["architecture"], quantize.ignore)
+        if reason is not None:
+            note = f"quantized by llm-compressor's oneshot: {reason}"
+            context.notes.append(note)
+            context.runner.progress.note(note)
+            return {"engine": "llmcompressor", "engine_note": note}
+    return {"engine": quantize.engine}

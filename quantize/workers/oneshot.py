@@ -3,7 +3,8 @@
 Runs in the llmcompressor environment.
 
 Request body: `model` (source folder), `output` (folder that receives the checkpoint), `tokens`
-(`tokens.npz` or null), `method`, `scheme`, `group_size` (or null), `ignore`, `dampening`,
+(`tokens.npz` or null), `method`, `scheme`, `group_size` (an int, "channel" or null), `ignore`,
+`overrides` (a list of `modules`, `scheme`, `group_size`), `kv_cache` ("fp8" or null), `dampening`,
 `activation_order`, `copy` (names of files taken over from the source as they are).
 Result body: `quantized` (module names), `seconds`, `peak_memory_bytes`, `versions`.
 """
@@ -25,13 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 import tqdm
-from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM
 
+from quantize.engine.schemes import modifiers
 from quantize.protocol import Events, Request, worker_main
 
 SHARD_SIZE = "5GB"
@@ -51,8 +49,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         body["model"], dtype=torch.bfloat16, local_files_only=True
     )
-    modifiers = _modifiers(body)
-    arguments: dict[str, Any] = {"model": model, "recipe": modifiers}
+    arguments: dict[str, Any] = {"model": model, "recipe": modifiers(body)}
     if body["tokens"]:
         loader, longest = _loader(Path(body["tokens"]))
         arguments |= {"dataset": loader, "num_calibration_samples": len(loader)}
@@ -77,31 +74,6 @@ def run(request: Request, events: Events) -> dict[str, Any]:
             for name in ("llmcompressor", "compressed-tensors", "torch", "transformers")
         },
     }
-
-
-def _modifiers(body: dict[str, Any]) -> list[Any]:
-    groups = {"group_0": _scheme(body["scheme"], body["group_size"])}
-    common = {"config_groups": groups, "ignore": list(body["ignore"])}
-    order = None if body["activation_order"] == "none" else body["activation_order"]
-    gptq = {"dampening_frac": body["dampening"], "actorder": order}
-    match body["method"]:
-        case "awq":
-            return [AWQModifier(), QuantizationModifier(**common)]
-        case "awq+gptq":
-            return [AWQModifier(), GPTQModifier(**common, **gptq)]
-        case "gptq" | "int8":
-            return [GPTQModifier(**common, **gptq)]
-        case "rtn" | "fp8":
-            return [QuantizationModifier(**common)]
-        case other:
-            raise ValueError(f"unknown method {other}")
-
-
-def _scheme(name: str, group_size: int | None) -> QuantizationScheme:
-    scheme = preset_name_to_scheme(name, ["Linear"])
-    if group_size is not None:
-        scheme.weights.group_size = group_size
-    return scheme
 
 
 def _loader(path: Path) -> tuple[torch.utils.data.DataLoader[Any], int]:

@@ -1,0 +1,174 @@
+"""AWQ (arXiv:2306.00978) without running samples again: every grid point's loss comes from H.
+
+A norm's output channels (or a linear's) are divided by s, the columns of the linears behind it
+multiplied by s: the same function, rounded differently. The search takes the s that minimises the
+sum over those linears of tr(E H ET), E = Q(W s) / s - W: the squared error of their outputs over
+the calibration tokens. Candidates for s, and which modules belong together, are llm-compressor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from compressed_tensors.utils import match_modules_set
+from llmcompressor.modeling.offset_norm import NormCalibrationModule, _is_registered
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
+from torch.utils._pytree import tree_leaves
+
+from quantize.engine.inputs import Inputs, Watch, bf16_products
+from quantize.engine.nearest import nearest, sample_rows
+
+GRID = AWQModifier(mappings=[])._get_grid_search_params()
+"""(ratio, whether weights count) of every candidate; the first is no scaling at all."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A module whose output channels can be scaled, and the modules that read them; by name."""
+
+    smooth: str
+    balance: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best scales (columns,) float32, and the losses before and at them."""
+
+    mapping: Mapping
+    scales: torch.Tensor
+    ratio: float
+    loss_before: float
+    loss: float
+
+
+def mappings(
+    layer: torch.nn.Module, known: list[AWQMapping], schemes: dict[str, QuantizationScheme]
+) -> list[Mapping]:
+    """Which modules of a layer are scaled together, in the order in which it is done.
+
+    Left out, as upstream does: mappings none of whose readers is quantized, values whose heads are
+    shared (v_proj's rows are not o_proj's columns), and per-tensor weight scales.
+    """
+    names = {module: name for name, module in layer.named_modules()}
+    resolved = []
+    for mapping in known:
+        targets = (mapping.smooth_layer, *mapping.balance_layers)
+        for (smooth,), *balance in match_modules_set(layer, targets):
+            found = Mapping(names[smooth], tuple(names[m] for m in tree_leaves(balance)))
+            if _fits(layer, found, schemes):
+                resolved.append(found)
+    return resolved
+
+
+def _fits(layer: torch.nn.Module, mapping: Mapping, schemes: dict[str, QuantizationScheme]) -> bool:
+    quantized = [schemes[name].weights for name in mapping.balance if name in schemes]
+    if not any(quantized) or any(
+        args.strategy == QuantizationStrategy.TENSOR for args in quantized if args is not None
+    ):
+        return False
+    smooth = layer.get_submodule(mapping.smooth)
+    if not isinstance(smooth, torch.nn.Linear):
+        return True
+    return all(
+        layer.get_submodule(name).weight.shape[1] == smooth.out_features for name in mapping.balance
+    )
+
+
+def search(layer: torch.nn.Module, mapping: Mapping, watch: Watch) -> Found | None:
+    """The best scales for one mapping; None where no token reached its modules."""
+    means = _mean(watch.of(mapping.balance[0]))
+    readers = [
+        (layer.get_submodule(name), watch.of(name))
+        for name in mapping.balance
+        if getattr(layer.get_submodule(name), "quantization_scheme", None) is not None
+    ]
+    reached = [(module, inputs) for module, inputs in readers if inputs and inputs.sampled]
+    if means is None or not reached:
+        return None
+    weights = AWQModifier._compute_layer_means([module for module, _ in readers])
+    terms = [_Term.of(module, inputs) for module, inputs in reached]
+    best: Found | None = None
+    before = float("nan")
+    with bf16_products():
+        for ratio, scales in _candidates(means, weights.to(means.device, torch.float32)):
+            loss = sum(float(term.loss(scales)) for term in terms)
+            if best is None:
+                before = loss
+            if loss == loss and (best is None or loss < best.loss):
+                best = Found(mapping, scales, ratio, before, loss)
+    return best
+
+
+def _mean(inputs: Inputs | None) -> torch.Tensor | None:
+    return inputs.absolute / inputs.tokens if inputs is not None and inputs.tokens else None
+
+
+def _candidates(means: torch.Tensor, weights: torch.Tensor) -> Iterator[tuple[float, torch.Tensor]]:
+    """(ratio, scales (columns,)) as llm-compressor computes them.
+
+    :param means: mean |x| per column
+    :param weights: mean of |w| per column, each group of weights normalised by its maximum
+    """
+    for ratio, with_weights in GRID:
+        scales = means.pow(ratio)
+        if with_weights:
+            scales = scales / (weights.pow(1 - ratio) + 1e-4)
+        scales = scales.clamp(min=1e-4)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        yield ratio, torch.where(torch.isfinite(scales), scales, 1.0)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One linear's part of the loss, over some of its rows."""
+
+    module: torch.nn.Module
+    rows: torch.Tensor
+    gram: torch.Tensor
+    share: float  # sampled rows of all
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, inputs: Inputs) -> _Term:
+        rows = sample_rows(module.weight, module.quantization_scheme.weights)
+        return cls(module, rows, inputs.gram / inputs.sampled, len(rows) / len(module.weight))
+
+    def loss(self, scales: torch.Tensor) -> torch.Tensor:
+        """tr(E H ET) per token: the rows' sum, scaled up to all rows."""
+        scaled = (self.rows * scales).to(self.rows.dtype)
+        rounded = nearest(scaled, self.module.quantization_scheme.weights)
+        error = (rounded / scales).to(self.rows.dtype).float() - self.rows.float()
+        return ((error @ self.gram) * error).sum() / self.share
+
+
+def apply(layer: torch.nn.Module, found: Found, watch: Watch) -> None:
+    """Move the scales from the module in front into those behind it, and into their H."""
+    scales = found.scales
+    for name in found.mapping.balance:
+        weight = layer.get_submodule(name).weight
+        weight.copy_((weight * scales).to(weight.dtype))
+    _divide(layer.get_submodule(found.mapping.smooth), scales)
+    seen = set()
+    for name in found.mapping.balance:
+        inputs = watch.of(name)
+        if inputs is not None and id(inputs) not in seen:
+            seen.add(id(inputs))
+            inputs.gram /= scales
+            inputs.gram /= scales[:, None]
+            inputs.absolute /= scales
+
+
+def _divide(module: torch.nn.Module, scales: torch.Tensor) -> None:
+    """Divide a norm's or a linear's output channels by the scales."""
+    weight = module.weight
+    if weight.ndim == 1:
+        # Gemma's norms multiply by 1 + weight.
+        offset = 1.0 if _is_registered(type(module).__name__, NormCalibrationModule) else 0.0
+        weight.copy_((weight.float() + offset) / scales - offset)
+    else:
+        weight.copy_(weight.float() / scales[:, None])
+    if getattr(module, "bias", None) is not None:
+        module.bias.copy_(module.bias.float() / scales)

@@ -1,0 +1,279 @@
+"""One decoder layer: watch its inputs, scale, round, hand on its outputs, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme
+from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
+from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
+
+from quantize.engine import awq, gptq, nearest, sensitivity
+from quantize.engine.hidden import Batch, HiddenStates
+from quantize.engine.inputs import Inputs, LayerEnds, Watch
+from quantize.engine.ranks import Ranks
+from quantize.engine.skeleton import Calls
+from quantize.engine.source import Tensors
+
+Advance = Callable[[float], None]
+"""Called with the share of the layer that is done, 0 to 1."""
+
+WATCHED, SEARCHED, ROUNDED, HANDED_ON = 0.35, 0.55, 0.75, 0.95
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done to every layer."""
+
+    smooth: tuple[AWQMapping, ...]  # empty without AWQ
+    gptq: bool
+    dampening: float
+    sample_every: int  # of the tokens, for H; 1 = all
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The calibration data on its way through one layer; `after` is None behind the last one."""
+
+    before: HiddenStates
+    after: HiddenStates | None
+    batches: tuple[Batch, ...]
+    calls: Callable[[int, int], Calls]
+
+
+@dataclass
+class Done:
+    """What became of a layer."""
+
+    tensors: Tensors = field(default_factory=dict)
+    smoothed: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    unvisited: list[str] = field(default_factory=list)  # no calibration token reached them
+    not_factorised: list[str] = field(default_factory=list)  # GPTQ rounded them to nearest
+
+
+class Layer:
+    """A layer filled with its weights. `schemes` is by name within the layer."""
+
+    def __init__(
+        self,
+        index: int,
+        prefix: str,
+        module: torch.nn.Module,
+        schemes: dict[str, QuantizationScheme],
+    ) -> None:
+        self.index, self.prefix, self.module, self.schemes = index, prefix, module, schemes
+        self.linears = [name for name, scheme in schemes.items() if scheme.weights is not None]
+        nearest.prepare(module, schemes)
+
+    def modules(self, names: Iterable[str]) -> list[torch.nn.Module]:
+        """Submodules by name."""
+        return [self.module.get_submodule(name) for name in names]
+
+
+def quantize_layer(layer: Layer, task: Task, flow: Flow | None, advance: Advance) -> Done:
+    """Everything that is to be done to one layer; without `flow`, no data is needed.
+
+    Without GPTQ the next layer gets this one's outputs before rounding, in the same pass that
+    watches; with GPTQ it gets those of the rounded weights, in a second pass. So does `oneshot`.
+    """
+    done = Done()
+    if flow is None:
+        nearest.round_weights(layer.modules(layer.linears))
+    else:
+        mappings = awq.mappings(layer.module, list(task.smooth), layer.schemes)
+        watch = _watched(layer, mappings, task, flow, advance)
+        advance(WATCHED)
+        for mapping in mappings:
+            _smooth(layer, mapping, watch, task.ranks, done)
+        advance(SEARCHED)
+        _record(layer, watch, task.ranks, done)
+        if task.gptq:
+            _round_by_gptq(layer, watch, task, done)
+            advance(ROUNDED)
+            if flow.after is not None:
+                _run(layer, flow, task.ranks, flow.after, None, lambda share: None)
+        else:
+            nearest.round_weights(layer.modules(layer.linears))
+        update_qparams(layer.modules(layer.schemes), ("input", "k", "v"))
+    advance(HANDED_ON)
+    for module in layer.modules(layer.linears):
+        nearest.pack(module)
+    done.tensors = {
+        layer.prefix + name: tensor.detach() for name, tensor in layer.module.state_dict().items()
+    }
+    return done
+
+
+def _watched(
+    layer: Layer, mappings: list[awq.Mapping], task: Task, flow: Flow, advance: Advance
+) -> Watch:
+    """One pass over the calibration data; statistics are summed over the ranks."""
+    names = [*layer.linears, *(mapping.balance[0] for mapping in mappings)]
+    watch = Watch(layer.module, dict.fromkeys(names), task.sample_every, _observe_input)
+    onward = None if task.gptq else flow.after
+    with watch.hooked(stop_early=onward is None):
+        _run(layer, flow, task.ranks, onward, watch, lambda share: advance(share * WATCHED))
+    for inputs in watch.inputs.values():
+        counts = torch.tensor([inputs.tokens, inputs.sampled], device=inputs.gram.device)
+        task.ranks.add_up([inputs.gram, inputs.absolute, counts])
+        inputs.tokens, inputs.sampled = (int(count) for count in counts)
+        inputs.complete()
+    for module in layer.modules(layer.schemes):
+        for base in ("input", "k", "v"):
+            observer = getattr(module, f"{base}_observer", None)
+            if observer is not None and task.ranks.size > 1:
+                for work in observer.sync_activation_stats():
+                    work.wait()
+    return watch
+
+
+def _observe_input(module: torch.nn.Module, x: torch.Tensor) -> None:
+    """Static activation scales: what upstream's observer makes of every input."""
+    observer = getattr(module, "input_observer", None)
+    if observer is not None:
+        observer(x)
+
+
+def _run(
+    layer: Layer,
+    flow: Flow,
+    ranks: Ranks,
+    after: HiddenStates | None,
+    watch: Watch | None,
+    advance: Advance,
+) -> None:
+    """Send the rank's batches through the layer; outputs go to `after` if it is given."""
+    batches = ranks.share(flow.batches)
+    with ExitStack() as stack:
+        read = stack.enter_context(flow.before.reading())
+        write = stack.enter_context(after.writing()) if after is not None else None
+        for number, batch in enumerate(batches, 1):
+            arguments = flow.calls(batch.count, batch.length)[layer.index]
+            try:
+                output = layer.module(read(batch), **arguments)
+            except LayerEnds:
+                output = None
+            if write is not None:
+                write(batch, output[0] if isinstance(output, tuple) else output)
+            if watch is not None:
+                watch.end_of_pass()
+            advance(number / len(batches))
+    if after is not None:
+        ranks.wait()
+        if ranks.first:
+            after.finish()
+        ranks.wait()
+
+
+def _smooth(layer: Layer, mapping: awq.Mapping, watch: Watch, ranks: Ranks, done: Done) -> None:
+    found = awq.search(layer.module, mapping, watch)
+    if found is None:
+        return
+    ranks.broadcast(found.scales, 0)
+    awq.apply(layer.module, found, watch)
+    done.smoothed.append(
+        {
+            "smooth": layer.prefix + mapping.smooth,
+            "balance": [layer.prefix + name for name in mapping.balance],
+            "ratio": found.ratio,
+            "loss_before": found.loss_before,
+            "loss": found.loss,
+        }
+    )
+
+
+def _record(layer: Layer, watch: Watch, ranks: Ranks, done: Done) -> None:
+    """Sensitivities, and the linears that the calibration data never reached."""
+    for name in layer.linears:
+        inputs = watch.of(name)
+        full_name = layer.prefix + name
+        if inputs is None or not inputs.sampled:
+            done.unvisited.append(full_name)
+        elif ranks.first:
+            module = layer.module.get_submodule(name)
+            unit = sensitivity.unit_of(full_name)
+            done.sensitivity.append(
+                sensitivity.record(full_name, layer.index, module, inputs, unit)
+            )
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Linears that are quantized as one matrix: the same input, the same arguments."""
+
+    names: list[str]
+    inputs: Inputs
+
+
+def _stacks(layer: Layer, watch: Watch, unvisited: Iterable[str]) -> list[_Stack]:
+    left_out = set(unvisited)
+    stacks: dict[tuple[int, str], _Stack] = {}
+    for name in layer.linears:
+        inputs = watch.of(name)
+        if inputs is None or layer.prefix + name in left_out:
+            continue
+        arguments = layer.schemes[name].weights.model_dump_json()
+        stacks.setdefault((id(inputs), arguments), _Stack([], inputs)).names.append(name)
+    return list(stacks.values())
+
+
+def _round_by_gptq(layer: Layer, watch: Watch, task: Task, done: Done) -> None:
+    """Round every linear; each rank does some of the stacks and hands the result round."""
+    modules = {name: layer.module.get_submodule(name) for name in layer.linears}
+    observe(modules.values(), "weight")
+    found = {name: module.weight_observer.get_qparams() for name, module in modules.items()}
+    for name, module in modules.items():
+        _store(module, found[name])
+    for number, stack in enumerate(_stacks(layer, watch, done.unvisited)):
+        rank = number % task.ranks.size
+        if rank == task.ranks.rank:
+            fell_back = _round_stack(stack, modules, found, task.dampening)
+            if fell_back:
+                done.not_factorised += [layer.prefix + name for name in stack.names]
+        stack.inputs.readers.clear()
+        for name in stack.names:
+            task.ranks.broadcast(modules[name].weight.data, rank)
+
+
+def _round_stack(
+    stack: _Stack,
+    modules: dict[str, torch.nn.Module],
+    found: dict[str, Any],
+    dampening: float,
+) -> bool:
+    members = [modules[name] for name in stack.names]
+    arguments = members[0].quantization_scheme.weights
+    grids = [
+        gptq.Grid.of(
+            module.weight.shape,
+            found[name]["scale"],
+            found[name]["zero_point"],
+            found[name]["global_scale"],
+            arguments,
+        )
+        for name, module in zip(stack.names, members, strict=True)
+    ]
+    weight = torch.cat([module.weight.float() for module in members])
+    fell_back: bool
+    rounded, fell_back = gptq.quantize(
+        weight, stack.inputs.gram, gptq.stack(grids), arguments, dampening
+    )
+    for module, part in zip(
+        members, rounded.split([len(module.weight) for module in members]), strict=True
+    ):
+        module.weight.copy_(part)
+    return fell_back
+
+
+def _store(module: torch.nn.Module, found: dict[str, torch.Tensor | None]) -> None:
+    """Scales into the module's parameters, in the types that they are stored in."""
+    for name, value in found.items():
+        target = getattr(module, f"weight_{name}", None)
+        if value is not None and target is not None:
+            target.data.copy_(value.reshape(target.shape))

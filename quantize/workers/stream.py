@@ -1,0 +1,72 @@
+"""The streaming engine on the calibrate stage's token ids.
+
+Runs in the llmcompressor environment; with several GPUs it starts itself again under torchrun, one
+process a GPU. The request body is that of `workers.oneshot`; beside the `output` folder it writes
+`sensitivity.json` where there was calibration data.
+Result body: `quantized` (module names), `unvisited` and `not_factorised` (those that were rounded
+to nearest because no token reached them, or because their Gram matrix has no Cholesky factor),
+`layers` (seconds of each), `seconds`, `peak_memory_bytes`, `versions`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from quantize.engine.memory import return_freed_memory
+
+return_freed_memory()
+
+import torch  # noqa: E402  (the allocator is set before the first tensor)
+
+from quantize.engine.ranks import join  # noqa: E402
+from quantize.engine.stream import PACKAGES, stream  # noqa: E402
+from quantize.protocol import Events, Request, load_request, worker_main  # noqa: E402
+
+SAY_SECONDS = 0.25
+
+
+def run(request: Request, events: Events) -> dict[str, Any]:
+    """Quantize; what `request.work` holds of an interrupted run is not done again."""
+    started = time.monotonic()
+    said = [0.0]
+    ranks = join()
+
+    def say(done: float, layers: int) -> None:
+        if ranks.first and (done == layers or time.monotonic() - said[0] >= SAY_SECONDS):
+            said[0] = time.monotonic()
+            events.progress("quantizing", round(done, 2), layers, "layers")
+
+    result = stream(request.body, Path(request.work) / "stream", ranks, say)
+    return {
+        "quantized": result.quantized,
+        "unvisited": result.unvisited,
+        "not_factorised": result.not_factorised,
+        "layers": result.layers,
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def main() -> None:
+    """The worker; under torchrun, only rank 0 writes the result."""
+    devices = torch.cuda.device_count()
+    if "RANK" not in os.environ and devices > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+        again = [sys.executable, "-P", *torchrun, "-m", "quantize.workers.stream", *sys.argv[1:3]]
+        os.execv(sys.executable, again)
+    if os.environ.get("RANK", "0") != "0":
+        request = load_request(sys.argv[1])
+        run(request, Events(request.events))
+    else:
+        worker_main(run)
+
+
+if __name__ == "__main__":
+    main()
