@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from quantize.checkpoint import Checkpoint, examine
+from quantize.checkpoint import LAYER, Checkpoint, examine
+from quantize.engine.support import why_not
 from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
 from quantize.findings import Finding, raise_findings
 from quantize.machine import memory_bytes
@@ -103,8 +104,8 @@ def check_resources(
     """Disk for what the run writes, and memory for what it loads.
 
     Disk: the artifact's tensors as the scheme promises, a merged checkpoint in BF16 where there is
-    an adapter, and SLACK_BYTES. Memory: the checkpoint in BF16, which the compress stage loads
-    whole (2 bytes a parameter); without so much the machine cannot even begin.
+    an adapter, and SLACK_BYTES. Memory: what must be held at once in BF16 (2 bytes a parameter);
+    without so much the machine cannot even begin.
     """
     findings = []
     in_bf16 = 2 * checkpoint.parameters
@@ -125,16 +126,38 @@ def check_resources(
             )
         )
     memory = memory_bytes()
-    if memory < in_bf16:
+    held, what = _held_at_once(checkpoint, recipe, to_run)
+    if memory < held:
         findings.append(
             Finding(
-                f"this machine has {_gb(memory)} of memory, "
-                f"the checkpoint alone takes {_gb(in_bf16)} in BF16",
+                f"this machine has {_gb(memory)} of memory, {what} alone takes {_gb(held)} in BF16",
                 "run on a machine with more memory",
                 ResourceError,
             )
         )
     return findings
+
+
+def _held_at_once(
+    checkpoint: Checkpoint, recipe: Recipe, to_run: Collection[str]
+) -> tuple[int, str]:
+    """Bytes of weights in BF16 that are in memory together, and what they are, in words.
+
+    Merging an adapter and llm-compressor hold the whole checkpoint. The streaming engine holds a
+    layer and reads the next, or what lies outside the layers.
+    """
+    quantize = recipe.quantize
+    merges = recipe.model.adapter is not None and "fetch" in to_run
+    streams = quantize.engine == "stream"
+    if merges or not streams or why_not(checkpoint.architecture, quantize.ignore) is not None:
+        return 2 * checkpoint.parameters, "the checkpoint"
+    parts: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        layer = LAYER.search(name)
+        parts[name[: layer.end()] if layer else ""] += 2 * info.elements
+    outside = parts.pop("", 0)
+    pair = 2 * max(parts.values(), default=0)
+    return (pair, "a pair of layers") if pair > outside else (outside, "its embedding")
 
 
 def check_token(repo: str, *, online: bool) -> list[Finding]:

@@ -144,6 +144,68 @@ def test_ignore_entries_that_match_nothing(tmp_path: Path) -> None:
     assert "nothing to quantize" in messages(folder, **awq(ignore=["re:.*"]))
 
 
+def overridden(*overrides: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return awq(overrides=list(overrides), **keys)
+
+
+def test_override_patterns_that_match_nothing_or_too_late(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    down = {"modules": ["re:.*down_proj$"], "scheme": "W8A16"}
+    assert messages(folder, **overridden(down)) == ""
+    found = messages(folder, **overridden({"modules": ["re:.*dwn_proj$"], "scheme": "W8A16"}))
+    assert "quantize.overrides[0].modules: 're:.*dwn_proj$' matches none of the 15 linears" in found
+    assert "names look like model.layers.0.mlp.down_proj," in found
+    found = messages(folder, **overridden(down, down))
+    assert "quantize.overrides[1] changes nothing" in found
+    found = messages(folder, **overridden(down, ignore=["lm_head", "re:.*mlp.*"]))
+    assert "quantize.overrides[0] changes nothing" in found
+
+
+def test_groups_of_an_override(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, llama_tensors(hidden=96), llama_config(hidden=96))
+    qkv = {"modules": ["re:.*[qkv]_proj$"], "scheme": "W4A16", "group_size": 64}
+    found = messages(folder, **overridden(qkv))
+    assert found.count("group size") == 1
+    assert "set quantize.overrides[0].group_size to 32 or channel" in found
+    assert messages(folder, **overridden(qkv | {"group_size": "channel"})) == ""
+    fixed = {"method": "rtn", "scheme": "NVFP4A16"}
+    assert messages(folder, quantize=fixed) == ""
+    folder = write_checkpoint(tmp_path, llama_tensors(hidden=72), llama_config(hidden=72))
+    found = messages(folder, quantize=fixed)
+    assert "group size 16 does not divide" in found and "take a scheme without groups" in found
+
+
+def test_tensor_parallel_shares_of_an_override(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    down = {"modules": ["re:.*down_proj$"], "scheme": "W4A16", "group_size": 256}
+    serve = {"tensor_parallel_sizes": [2]}
+    found = messages(folder, **overridden(down), serve=serve)
+    assert "down_proj with 256 inputs (shares of 256 inputs each)" in found
+    assert "o_proj" not in found
+    assert messages(folder, **overridden(down | {"group_size": "channel"}), serve=serve) == ""
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"overrides": [{"modules": ["re:.*v_proj$"], "scheme": "W8A16"}]},
+            "q_proj in W4A16_ASYM with groups of 32, model.layers.0.self_attn.v_proj in W8A16 with",
+        ),
+        ({"ignore": ["lm_head", "re:.*gate_proj$"]}, "gate_proj in BF16, model.layers.0.mlp.up_"),
+        ({"overrides": [{"modules": ["re:.*[qkv]_proj$"], "scheme": "W8A16"}]}, ""),
+        ({"overrides": [{"modules": ["re:.*layers.0."], "scheme": "FP8_DYNAMIC"}]}, ""),
+    ],
+)
+def test_what_is_served_as_one_has_one_format(
+    tmp_path: Path, keys: dict[str, Any], said: str
+) -> None:
+    found = messages(write_checkpoint(tmp_path), **awq(**keys))
+    assert said in found
+    assert found.startswith("vLLM serves as one") if said else found == ""
+    assert ("and 1 more groups" in found) == bool(said)
+
+
 def test_a_tied_head_is_not_quantized_alone(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, llama_tensors(tied=True), llama_config(tied=True))
     assert "lm_head shares its weight" in messages(folder, **awq(ignore=[]))
@@ -267,7 +329,35 @@ def test_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         preflight(resolved(tmp_path, recipe(), model=folder), tmp_path / "a" / "store")
     needed = (1 << 60) + promised_bytes(read_checkpoint(folder), recipe())
     assert f"this run writes about {needed}" in error.value.message
-    assert "the checkpoint alone takes" in error.value.message
+    assert "a pair of layers alone takes" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("keys", "architecture", "whole"),
+    [
+        ({}, "LlamaForCausalLM", False),
+        ({"engine": "llmcompressor"}, "LlamaForCausalLM", True),
+        ({}, "OtherForCausalLM", True),
+    ],
+)
+def test_what_is_held_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    architecture: str,
+    whole: bool,
+) -> None:
+    """A checkpoint of eight layers takes four times what a pair of them takes."""
+    config = llama_config(layers=8) | {"architectures": [architecture]}
+    folder = write_checkpoint(tmp_path / "checkpoint", llama_tensors(layers=8), config)
+    total = read_checkpoint(folder).weight_bytes // 2
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": total})())
+    given = resolved(tmp_path, recipe(**awq(**keys)), model=folder)
+    if whole:
+        with pytest.raises(ResourceError, match="the checkpoint alone takes"):
+            preflight(given, tmp_path)
+    else:
+        preflight(given, tmp_path)
 
 
 def test_what_an_artifact_takes(tmp_path: Path) -> None:
@@ -276,6 +366,18 @@ def test_what_an_artifact_takes(tmp_path: Path) -> None:
     linears = sum(info.elements for info in checkpoint.layer_linears())
     kept = checkpoint.weight_bytes - 2 * linears
     assert promised_bytes(checkpoint, fp8) == kept + linears + 14 * 2 * 2  # two BF16 scales each
+
+
+def test_what_a_mixed_artifact_takes(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path))
+    plain = {"method": "fp8"}
+    qkv = {"modules": ["re:.*[qkv]_proj$"], "scheme": "MXFP4A16"}
+    difference = promised_bytes(checkpoint, recipe(quantize=plain)) - promised_bytes(
+        checkpoint, recipe(quantize=plain | {"overrides": [qkv]})
+    )
+    rows, columns = 2 * (128 + 64 + 64), 128  # two layers
+    fp8, mxfp4 = rows * (columns + 2), rows * (columns // 2 + columns // 32)
+    assert difference == fp8 - mxfp4
 
 
 def test_a_checkpoint_is_checked_for_its_recipe(tmp_path: Path) -> None:
