@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +133,14 @@ def default_schemes(recipe: Recipe, accelerator: str) -> tuple[str, ...]:
 def rest_bytes(source: dict[str, Any], parameters: int) -> int:
     """Bytes of the tensors that are not quantized: embeddings, head, norms, biases, ignored ones.
 
-    They stay as they are in the source, whose `source.json` has the elements and the bytes of all
-    tensors: weight_bytes * (1 - parameters / source parameters), exact where all of the source has
-    one dtype. `parameters` are those of the linears in the search.
+    The engine stores them in BF16: two bytes for each of the source's parameters (all elements of
+    all tensors in its files, from `source.json`) that is not one of the `parameters` of the linears
+    in the search. A tied head is in no file of its own and counts once.
     """
-    total: int = source["parameters"]
-    if parameters > total:
-        raise ToolError(f"the linears have {parameters} parameters, the whole checkpoint {total}")
-    return int(source["weight_bytes"]) * (total - parameters) // total
+    rest = int(source["parameters"]) - parameters
+    if rest < 0:
+        raise ToolError(f"the linears have {-rest} parameters more than the whole checkpoint")
+    return 2 * rest
 
 
 def _require_sensitivity(recipe: Recipe) -> None:
@@ -185,7 +186,7 @@ def _require_measured(schemes: Sequence[str], record: Sensitivity) -> None:
 def _write(resolved: Resolved, request: Request, found: Found) -> None:
     """All files, the recipe last and only when it can be read again."""
     files = request.files
-    text = request.recipe.read_text(encoding="utf-8-sig")
+    text = _with_schema(request.recipe.read_text(encoding="utf-8-sig"), request.recipe)
     moved = _set_values(request.overrides) | _moved_paths(resolved, request)
     new = mixed_recipe(text, request.recipe.name, resolved.recipe, found, moved)
     temporary = request.output.with_name(f".{request.output.name}.tmp")
@@ -202,6 +203,14 @@ def _write(resolved: Resolved, request: Request, found: Found) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _with_schema(text: str, recipe: Path) -> str:
+    """The editor's comment with the schema's address, which begins at the recipe's folder."""
+    found = re.match(r"# yaml-language-server: \$schema=(\S+)", text)
+    if found is None or not (schema := recipe.parent / found[1]).is_file():
+        return text
+    return text[: found.start(1)] + schema.resolve().as_uri() + text[found.end(1) :]
 
 
 def _set_values(overrides: Sequence[str]) -> dict[KeyPath, Any]:

@@ -26,11 +26,12 @@ def frontier_table(found: Found) -> Table:
     choices = shown_choices(found)
     title = Text("Smallest summed error at each size", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ("bits a\nparameter", "all\nweights", "summed\nerror"):
         table.add_column(heading, justify="right", no_wrap=True)
     for choice in choices:
-        table.add_column(choice.label.replace(" ", "\n"), justify="right", no_wrap=True)
+        heading = choice.label.replace("_", "_\n").replace(" ", "\n")  # 80 columns hold five
+        table.add_column(heading, justify="right", no_wrap=True)
     for point in _rows(found):
         chosen = point.options == found.chosen.options
         cells = [f"{point.shares[c]:.1%}" if c in point.shares else "" for c in choices]

@@ -75,13 +75,15 @@ def test_a_recipe_with_the_frontier_beside_it(quantize: Run, made: Any, tmp_path
     assert frontier["chosen"]["bits"] <= 6
     source = json.loads(next((tmp_path / "store" / "fetch").glob("*/source.json")).read_text())
     everything = 2 * frontier["parameters"] + frontier["bytes_of_other_tensors"]
-    assert everything == source["weight_bytes"]
+    assert everything == source["weight_bytes"]  # a BF16 checkpoint
     assert frontier["frontier"][-1]["bytes"] == everything
     written = load_recipe(f"{stem}.yaml")
     for linear in record()["linears"]:
         unit = frontier["chosen"]["units"][linear["unit"]]
         chosen = Choice(unit["scheme"], unit["group_size"])
         assert choice_of(written.quantize, linear["name"]) == chosen
+    schema = (ROOT / "recipes/recipe.schema.json").as_uri()
+    assert f"$schema={schema}\n" in Path(f"{stem}.yaml").read_text()
     plan = quantize("plan", f"{stem}.yaml", "--json")
     assert plan.code == 0, plan.err
 
