@@ -140,9 +140,16 @@ def nats(value: float) -> str:
 
 
 def method_text(record: Record) -> str:
-    """What was done, in one phrase: `awq, W4A16_ASYM, group size 128`."""
+    """What was done, in one phrase: `AWQ, W4A16_ASYM, group size 128, some modules W8A16`."""
     quantize = record["recipe"]["quantize"]
     parts = [quantize["method"].upper(), quantize["scheme"]]
-    if "group_size" in quantize:
+    if quantize.get("group_size") == "channel":
+        parts.append("a scale for each output channel")
+    elif "group_size" in quantize:
         parts.append(f"group size {quantize['group_size']}")
+    others = dict.fromkeys(override["scheme"] for override in quantize.get("overrides", ()))
+    if others:
+        parts.append(f"some modules {' or '.join(others)}")
+    if "kv_cache" in quantize:
+        parts.append("scales for an FP8 KV cache")
     return ", ".join(parts)

@@ -65,6 +65,12 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     group_size = recipe.quantize.effective_group_size
     if group_size is not None:
         values["quantize"]["group_size"] = group_size
+    del values["quantize"]["overrides"]
+    if recipe.quantize.overrides:
+        values["quantize"]["overrides"] = [
+            {key: value for key, value in override.items() if value is not None}
+            for override in recipe.quantize.effective_overrides
+        ]
     return values
 
 

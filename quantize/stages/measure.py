@@ -38,8 +38,10 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
 
 def unservable(resolved: Resolved) -> str | None:
     """Why the candidate cannot be measured on this machine, or None."""
-    server = SERVERS[resolved.recipe.serve.engine]
-    return server.cannot_serve(resolved.recipe.quantize.effective_scheme, resolved.accelerator)
+    server, quantize = SERVERS[resolved.recipe.serve.engine], resolved.recipe.quantize
+    schemes = [quantize.effective_scheme, *(override.scheme for override in quantize.overrides)]
+    reasons = (server.cannot_serve(scheme, resolved.accelerator) for scheme in schemes)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def run(context: StageContext) -> None:

@@ -82,7 +82,24 @@ def test_card_of_a_local_checkpoint(made):
     assert "Quantized modules: 28; kept as they were: 1." in card
     assert "llmcompressor 0.14.0.1" in card
     assert "Not measured" not in card
+    assert "overrides" not in card
     assert "\n\n\n" not in card.replace("Recipe", "")
+
+
+def test_a_mixed_recipe_is_on_the_card_as_it_was_filled_in(made):
+    overrides = [
+        {"modules": ["re:.*down_proj$"], "scheme": "W8A16"},
+        {"modules": ["re:.*o_proj$"], "scheme": "FP8_DYNAMIC"},
+        {"modules": ["re:.*[qkv]_proj$"], "scheme": "W8A16", "group_size": "channel"},
+    ]
+    quantize = {"method": "awq", "group_size": "channel", "overrides": overrides}
+    record, card = made(recipe=with_recipe(quantize=quantize | {"kv_cache": "fp8"}))
+    overrides[0]["group_size"] = 128
+    assert record["recipe"]["quantize"]["overrides"] == overrides
+    assert (
+        "AWQ, W4A16_ASYM, a scale for each output channel, some modules W8A16 or FP8_DYNAMIC, "
+        "scales for an FP8 KV cache" in card
+    )
 
 
 def test_card_is_a_function_of_its_record_alone(made):

@@ -85,6 +85,11 @@ def ids(made: Plan) -> tuple[str, ...]:
         ("calibration.packing=true", CALIBRATED),
         ("calibration.seed=1", CALIBRATED),
         ("calibration.split=test", CALIBRATED),
+        ("quantize.group_size=channel", COMPRESSED),
+        ("quantize.overrides=[{modules: [lm_head], scheme: FP8_DYNAMIC}]", COMPRESSED),
+        ("quantize.overrides=[]", set()),
+        ("quantize.kv_cache=fp8", COMPRESSED),
+        ("quantize.engine=llmcompressor", COMPRESSED),
         ("evaluate.margins.perplexity_ratio=1.2", COMPARED),
         ("evaluate.margins.task_drop=0.2", COMPARED),
         ("evaluate.suite=smoke", MEASURED),
@@ -226,7 +231,10 @@ def write_recipe(folder: Path, *blocks: str) -> Path:
 
 
 RTN = "quantize: {method: rtn, scheme: W4A16}"
-AWQ = "quantize: {method: awq}\ncalibration: {source: examples/tiny_llama/calibration.jsonl}"
+CALIBRATION = "calibration: {source: examples/tiny_llama/calibration.jsonl}"
+AWQ = "quantize: {method: awq}\n" + CALIBRATION
+KV_CACHE = "quantize: {method: rtn, scheme: W4A16, kv_cache: fp8}\n" + CALIBRATION
+MIXED = "quantize: {{method: fp8, overrides: [{{modules: ['re:.*o_proj'], scheme: {scheme}}}]}}"
 EVALUATE = "evaluate: {suite: tiny}"
 PUBLISH = "publish: {folder: out}"
 
@@ -238,6 +246,8 @@ PUBLISH = "publish: {folder: out}"
         ([RTN, EVALUATE, PUBLISH], {"calibrate"}),
         (["quantize: {method: fp8}", EVALUATE, PUBLISH], {"calibrate"}),
         (["quantize: {method: fp8, scheme: FP8_BLOCK}", EVALUATE, PUBLISH], {"calibrate"}),
+        ([MIXED.format(scheme="MXFP4A16"), EVALUATE, PUBLISH], {"calibrate"}),
+        ([KV_CACHE, EVALUATE, PUBLISH], set()),
         ([AWQ, PUBLISH], {"measure-baseline", "measure-candidate", "compare"}),
         ([AWQ, EVALUATE], {"publish"}),
         ([RTN], {"calibrate", "measure-baseline", "measure-candidate", "compare", "publish"}),
@@ -258,24 +268,26 @@ def test_stages_of_a_recipe(
 def test_a_calibration_block_that_nobody_reads_changes_nothing_made(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    block = "calibration: {source: examples/tiny_llama/calibration.jsonl}"
+    block = CALIBRATION
     without = plan(tiny(recipe=write_recipe(tmp_path, RTN, EVALUATE, PUBLISH)), locks)
     with_it = plan(tiny(recipe=write_recipe(tmp_path, RTN, EVALUATE, PUBLISH, block)), locks)
     assert changed(without, with_it) <= CARD
 
 
 @pytest.mark.parametrize(
-    ("scheme", "accelerator", "noted"),
+    ("block", "accelerator", "noted"),
     [
-        ("FP8_DYNAMIC", "cpu", False),
-        ("FP8_BLOCK", "cpu", True),
-        ("FP8_BLOCK", "cuda", False),
+        ("quantize: {method: fp8}", "cpu", False),
+        ("quantize: {method: fp8, scheme: FP8_BLOCK}", "cpu", True),
+        ("quantize: {method: fp8, scheme: FP8_BLOCK}", "cuda", False),
+        (MIXED.format(scheme="W4A16, group_size: 32"), "cpu", False),
+        (MIXED.format(scheme="W8A16"), "cpu", True),
+        (MIXED.format(scheme="W8A16"), "cuda", False),
     ],
 )
 def test_what_is_not_served_here_is_said(
-    scheme: str, accelerator: str, noted: bool, tiny: Tiny, tmp_path: Path
+    block: str, accelerator: str, noted: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
-    block = f"quantize: {{method: fp8, scheme: {scheme}}}"
     recipe = write_recipe(tmp_path, block, EVALUATE)
     made = plan(tiny(recipe=recipe, accelerator=accelerator), locks)
     assert bool(made.notes) == noted
