@@ -27,14 +27,14 @@ def frontier_table(found: Found) -> Table:
     title = Text("Smallest summed error at each size", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for heading in ("bits a\nparameter", "all\nweights", "summed\nerror"):
+    for heading in ("bits/\nweight", "all\nweights", "summed\nerror"):
         table.add_column(heading, justify="right", no_wrap=True)
     for choice in choices:
         heading = choice.label.replace("_", "_\n").replace(" ", "\n")  # 80 columns hold five
         table.add_column(heading, justify="right", no_wrap=True)
     for point in _rows(found):
         chosen = point.options == found.chosen.options
-        cells = [f"{point.shares[c]:.1%}" if c in point.shares else "" for c in choices]
+        cells = [_percent(point.shares[c]) if c in point.shares else "" for c in choices]
         table.add_row(
             found.budget.text if chosen else "",
             *_numbers(point, found.rest_bytes),
@@ -42,8 +42,9 @@ def frontier_table(found: Found) -> Table:
             style="bold green" if chosen else "",
         )
     table.add_section()
+    table.add_row("one for all", style="dim")
     for choice, point in found.uniform.items():
-        table.add_row(f"all {choice.label}", *_numbers(point, found.rest_bytes), style="dim")
+        table.add_row(f"  {choice.label}", *_numbers(point, found.rest_bytes), style="dim")
     return table
 
 
@@ -53,8 +54,13 @@ def _rows(found: Found) -> list[Assignment]:
     return sorted([*others, found.chosen], key=lambda point: (point.bytes, -point.error))
 
 
+def _percent(share: float) -> str:
+    """Whole percents; what is there at all is not shown as 0%."""
+    return "<1%" if share < 0.005 else f"{share:.0%}"
+
+
 def _numbers(point: Assignment, rest_bytes: int) -> tuple[str, str, str]:
-    return f"{point.bits:.3f}", size(point.bytes + rest_bytes), f"{point.error:.4g}"
+    return f"{point.bits:.3f}", size(point.bytes + rest_bytes), f"{point.error:.3g}"
 
 
 def frontier_json(found: Found) -> dict[str, Any]:

@@ -385,14 +385,18 @@ class TestRecipe:
 
 
 class TestReport:
-    def test_table_and_json_say_the_same(self) -> None:
-        found = search(problem(), parse_budget("5bits"), 4_000_000, 4096)
+    def test_table_and_json_say_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        among = problem(("W4A16_ASYM", "FP8_DYNAMIC", "BF16"))
+        found = search(among, parse_budget("5bits"), 4_000_000, 4096)
         value = frontier_json(found)
         assert json.loads(json.dumps(value)) == value
         assert value["chosen"]["bits"] <= 5
         assert len(value["chosen"]["units"]) == len(found.among)
         assert [point["error"] for point in value["frontier"]][-1] == 0
         text = render(frontier_table(found))
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= 80
         assert text.count("5bits") == 1
         assert f"{value['chosen']['bits']:.3f}" in text
         for uniform_point in value["uniform"]:
