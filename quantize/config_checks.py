@@ -60,7 +60,7 @@ def check_quantization_config(
 def _group_faults(
     stated: dict[str, Any], quantized: Mapping[str, WeightFormat], whole: str
 ) -> list[str]:
-    """Where the groups that a reader may find for a module do not state its format."""
+    """Where the group that a reader takes for a module does not state its format."""
     groups = stated.get("config_groups") or {}
     if not groups:
         return ["no config_groups"]
@@ -76,13 +76,18 @@ def _group_faults(
 
 
 def _groups_of(module: str, groups: Mapping[str, Any]) -> list[str]:
-    """The groups that name a linear, or else those for all linears.
+    """The groups that readers take for a linear, each once: none, one, or two if they disagree.
 
-    Where several name it, vLLM takes the first, and compressed-tensors sorts the names first
-    (`utils/match.py`, match_targets): so all of them must say the same.
+    Of those whose targets name it, vLLM takes the first (`compressed_tensors/utils.py`,
+    _find_first_match). compressed-tensors takes names before patterns, and patterns in the order
+    of the alphabet (`utils/match.py`, match_targets). Where none names it, the one for all linears.
     """
-    named = [key for key, group in groups.items() if matches(module, group.get("targets") or [])]
-    return named or [key for key, group in groups.items() if "Linear" in group.get("targets", [])]
+    targets = [(t, key) for key, group in groups.items() for t in group.get("targets") or ()]
+    named = [(t, key) for t, key in targets if matches(module, [t])]
+    if not named:
+        return [key for t, key in targets if t == "Linear"][:1]
+    by_compressed_tensors = min(named, key=lambda pair: ("re:" in pair[0], pair[0]))
+    return list(dict.fromkeys([named[0][1], by_compressed_tensors[1]]))
 
 
 def _differences_from(form: WeightFormat, group: dict[str, Any], whole: str) -> list[str]:
