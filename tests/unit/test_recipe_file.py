@@ -290,6 +290,16 @@ def test_wrong_override(
     assert words in problem.message
 
 
+def test_the_recipes_in_the_docs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    whole, mixed = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert load_recipe(write(tmp_path, whole)).quantize.effective_overrides == []
+    start = re.sub(r"quantize:\n(  .*\n)+", "", VALID)
+    overrides = load_recipe(write(tmp_path, start + mixed)).quantize.effective_overrides
+    assert [o["group_size"] for o in overrides] == [None, 32]
+    assert overrides[0]["modules"] == [r"re:.*\.layers\.0\."]
+
+
 @pytest.mark.parametrize(
     ("method", "scheme", "more", "part"),
     [
