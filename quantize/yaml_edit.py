@@ -151,5 +151,7 @@ def _added(text: str, block: yaml.MappingNode, name: str, value: Any) -> str:
     """A key below the block's last one, with mappings and lists of mappings as blocks."""
     indent = " " * int(block.value[0][0].start_mark.column)
     at = _end_of_line(text, _end(block))
-    lines = write_yaml({name: value}).split("\n")
+    # A mapping of scalars alone would become one line in braces.
+    text_of = write_yaml({name: value}, flow=None if isinstance(value, dict | list) else False)
+    lines = text_of.split("\n")
     return text[:at] + "".join(f"\n{indent}{line}" for line in lines) + text[at:]
