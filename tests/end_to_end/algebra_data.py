@@ -1,4 +1,4 @@
-"""Data and oracles that the engine's checks share: inputs with outliers, what packing makes of a weight.
+"""Data and oracles that the engine's checks share: inputs with outliers, packed weights.
 
 Everything follows from the generator's seed. Nothing here calls the engine.
 """

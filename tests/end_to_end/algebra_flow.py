@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def layer_ends() -> dict[str, Any]:
 
 
 def sequences() -> dict[str, Any]:
-    """Batches: equal lengths, contiguous, within the limit, every token once, empty ones dropped."""
+    """Batches: equal lengths, contiguous, within the limit, every token once, none empty."""
     for seed in range(40):
         random = np.random.default_rng(seed)
         lengths = random.integers(0, 5, 30) * random.integers(1, 40)
@@ -177,13 +178,13 @@ def sequences() -> dict[str, Any]:
             rows += [tuple(row) for row in part.tolist()]
             position += batch.tokens
         assert position == made.tokens
-        wanted = [tuple(ids[a:b].tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
+        wanted = [tuple(ids[a:b].tolist()) for a, b in pairwise(offsets)]
         assert sorted(rows) == sorted(row for row in wanted if row)
     return {}
 
 
 def hidden_states() -> dict[str, Any]:
-    """What is written is read, bit by bit, by any batches; a file without its name is incomplete."""
+    """What is written is read, bit by bit; a file that has not got its name is incomplete."""
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(8):
