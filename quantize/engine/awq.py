@@ -20,10 +20,14 @@ from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
 from torch.utils._pytree import tree_leaves
 
 from quantize.engine.inputs import Inputs, Watch, bf16_products
-from quantize.engine.nearest import nearest, sample_rows
+from quantize.engine.nearest import BY_ROW, nearest, sample_rows
 
 GRID = AWQModifier(mappings=[])._get_grid_search_params()
 """(ratio, whether weights count) of every candidate; the first is no scaling at all."""
+
+
+SAMPLED_ROWS = 512
+"""Rows of a weight that the search looks at, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ class _Term:
 
     @classmethod
     def of(cls, module: torch.nn.Module, inputs: Inputs) -> _Term:
-        rows = sample_rows(module.weight, module.quantization_scheme.weights)
+        by_row = module.quantization_scheme.weights.strategy in BY_ROW
+        rows = sample_rows(module.weight, SAMPLED_ROWS) if by_row else module.weight
         return cls(module, rows, inputs.gram / inputs.sampled, len(rows) / len(module.weight))
 
     def loss(self, scales: torch.Tensor) -> torch.Tensor:

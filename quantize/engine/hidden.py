@@ -57,6 +57,10 @@ class Sequences:
         """Tokens of all sequences."""
         return len(self.ids)
 
+    def sampled(self, every: int) -> int:
+        """Tokens that are left when each `every`-th of every batch is taken."""
+        return sum(-(-batch.tokens // every) for batch in self.batches)
+
     def batch_ids(self, batch: Batch) -> torch.Tensor:
         """Token ids (count, length) int64."""
         ids = self.ids[batch.start : batch.start + batch.tokens]

@@ -25,12 +25,15 @@ class Journal:
     part with a line is never computed again, and one without is computed from the start.
     """
 
-    def __init__(self, folder: Path, belongs_to: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, belongs_to: dict[str, Any], writes: bool = True) -> None:
+        """Read what is there; only one process of several `writes`, and must have begun."""
         self.folder = folder
         self.entries: dict[str, dict[str, Any]] = {}
         self._path = folder / NAME
         folder.mkdir(parents=True, exist_ok=True)
-        lines = list(_whole_lines(self._path))
+        lines, sound_bytes = _whole_lines(self._path)
+        if writes and lines:
+            os.truncate(self._path, sound_bytes)
         if not lines:
             _write_synced(self._path, json.dumps({"belongs_to": belongs_to}) + "\n")
             return
@@ -88,12 +91,13 @@ class Journal:
                 )
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The file's lines up to the first torn one, which is cut off: a kill can leave it."""
-    if not path.is_file():
-        return
+def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The file's lines up to the first torn one, which a kill can leave, and their bytes."""
+    lines: list[dict[str, Any]] = []
     sound = 0
-    with open(path, "r+b") as file:
+    if not path.is_file():
+        return lines, sound
+    with open(path, "rb") as file:
         for line in file:
             try:
                 value = json.loads(line) if line.endswith(b"\n") else None
@@ -102,8 +106,8 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(value, dict):
                 break
             sound += len(line)
-            yield value
-        file.truncate(sound)
+            lines.append(value)
+    return lines, sound
 
 
 def _write_synced(path: Path, text: str) -> None:

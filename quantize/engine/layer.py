@@ -16,11 +16,14 @@ from quantize.engine import awq, gptq, nearest, sensitivity
 from quantize.engine.hidden import Batch, HiddenStates
 from quantize.engine.inputs import Inputs, LayerEnds, Watch
 from quantize.engine.ranks import Ranks
-from quantize.engine.skeleton import Calls
+from quantize.engine.skeleton import DTYPE, Calls
 from quantize.engine.source import Tensors
 
 Advance = Callable[[float], None]
 """Called with the share of the layer that is done, 0 to 1."""
+
+ACTIVATIONS = ("input", "k", "v")
+"""What upstream's observers of activations are called."""
 
 WATCHED, SEARCHED, ROUNDED, HANDED_ON = 0.35, 0.55, 0.75, 0.95
 
@@ -100,9 +103,9 @@ def quantize_layer(layer: Layer, task: Task, flow: Flow | None, advance: Advance
                 _run(layer, flow, task.ranks, flow.after, None, lambda share: None)
         else:
             nearest.round_weights(layer.modules(layer.linears))
-        update_qparams(layer.modules(layer.schemes), ("input", "k", "v"))
+        update_qparams(layer.modules(layer.schemes), ACTIVATIONS)
     advance(HANDED_ON)
-    for module in layer.modules(layer.linears):
+    for module in layer.modules(layer.schemes):
         nearest.pack(module)
     done.tensors = {
         layer.prefix + name: tensor.detach() for name, tensor in layer.module.state_dict().items()
@@ -125,12 +128,21 @@ def _watched(
         inputs.tokens, inputs.sampled = (int(count) for count in counts)
         inputs.complete()
     for module in layer.modules(layer.schemes):
-        for base in ("input", "k", "v"):
-            observer = getattr(module, f"{base}_observer", None)
-            if observer is not None and task.ranks.size > 1:
-                for work in observer.sync_activation_stats():
-                    work.wait()
+        for base in ACTIVATIONS:
+            _extend(getattr(module, f"{base}_observer", None), task.ranks)
     return watch
+
+
+def _extend(observer: Any, ranks: Ranks) -> None:
+    """Give an activation observer the range that all ranks saw; some may have seen nothing."""
+    if observer is None or ranks.size == 1:
+        return
+    lowest = getattr(observer, "min_vals", torch.full((1,), torch.inf, device=ranks.device))
+    highest = getattr(observer, "max_vals", torch.full((1,), -torch.inf, device=ranks.device))
+    lowest, highest = lowest.float().contiguous(), highest.float().contiguous()
+    ranks.extend([lowest], [highest])
+    if bool((lowest <= highest).all()):
+        observer.min_vals, observer.max_vals = lowest.to(DTYPE), highest.to(DTYPE)
 
 
 def _observe_input(module: torch.nn.Module, x: torch.Tensor) -> None:
@@ -197,10 +209,9 @@ def _record(layer: Layer, watch: Watch, ranks: Ranks, done: Done) -> None:
             done.unvisited.append(full_name)
         elif ranks.first:
             module = layer.module.get_submodule(name)
-            unit = sensitivity.unit_of(full_name)
-            done.sensitivity.append(
-                sensitivity.record(full_name, layer.index, module, inputs, unit)
-            )
+            record = sensitivity.record(full_name, layer.index, module, inputs)
+            if record is not None:
+                done.sensitivity.append(record)
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,14 @@ class _Stack:
     """Linears that are quantized as one matrix: the same input, the same arguments."""
 
     names: list[str]
+    members: list[torch.nn.Module]
     inputs: Inputs
+
+    @property
+    def cost(self) -> int:
+        """What the work is roughly proportional to: the column loop and the factorisation."""
+        rows = sum(len(module.weight) for module in self.members)
+        return self.inputs.columns**2 * (rows + self.inputs.columns // 3)
 
 
 def _stacks(layer: Layer, watch: Watch, unvisited: Iterable[str]) -> list[_Stack]:
@@ -218,55 +236,67 @@ def _stacks(layer: Layer, watch: Watch, unvisited: Iterable[str]) -> list[_Stack
         inputs = watch.of(name)
         if inputs is None or layer.prefix + name in left_out:
             continue
-        arguments = layer.schemes[name].weights.model_dump_json()
-        stacks.setdefault((id(inputs), arguments), _Stack([], inputs)).names.append(name)
-    return list(stacks.values())
+        key = (id(inputs), layer.schemes[name].model_dump_json(exclude={"targets"}))
+        stack = stacks.setdefault(key, _Stack([], [], inputs))
+        stack.names.append(name)
+        stack.members.append(layer.module.get_submodule(name))
+    return sorted(stacks.values(), key=lambda stack: -stack.cost)
 
 
 def _round_by_gptq(layer: Layer, watch: Watch, task: Task, done: Done) -> None:
-    """Round every linear; each rank does some of the stacks and hands the result round."""
+    """Round every linear; each rank does some of the stacks, then all hand theirs round."""
     modules = {name: layer.module.get_submodule(name) for name in layer.linears}
     observe(modules.values(), "weight")
     found = {name: module.weight_observer.get_qparams() for name, module in modules.items()}
     for name, module in modules.items():
         _store(module, found[name])
-    for number, stack in enumerate(_stacks(layer, watch, done.unvisited)):
-        rank = number % task.ranks.size
-        if rank == task.ranks.rank:
-            fell_back = _round_stack(stack, modules, found, task.dampening)
-            if fell_back:
-                done.not_factorised += [layer.prefix + name for name in stack.names]
-        stack.inputs.readers.clear()
-        for name in stack.names:
-            task.ranks.broadcast(modules[name].weight.data, rank)
+    stacks = _stacks(layer, watch, done.unvisited)
+    owners = _dealt([stack.cost for stack in stacks], task.ranks.size)
+    fell_back = torch.zeros(len(stacks), dtype=torch.int32, device=task.ranks.device)
+    for number, stack in enumerate(stacks):
+        if owners[number] == task.ranks.rank:
+            fell_back[number] = int(_round_stack(stack, found, task.dampening))
+    task.ranks.add_up([fell_back])
+    for number, stack in enumerate(stacks):
+        for module in stack.members:
+            task.ranks.broadcast(module.weight.data, owners[number])
+        if fell_back[number]:
+            done.not_factorised += [layer.prefix + name for name in stack.names]
 
 
-def _round_stack(
-    stack: _Stack,
-    modules: dict[str, torch.nn.Module],
-    found: dict[str, Any],
-    dampening: float,
-) -> bool:
-    members = [modules[name] for name in stack.names]
-    arguments = members[0].quantization_scheme.weights
+def _dealt(costs: list[int], ranks: int) -> list[int]:
+    """Which rank does which item: each goes to the one with the least to do so far."""
+    load = [0] * ranks
+    owners = []
+    for cost in costs:
+        owner = load.index(min(load))
+        load[owner] += cost
+        owners.append(owner)
+    return owners
+
+
+def _round_stack(stack: _Stack, found: dict[str, Any], dampening: float) -> bool:
+    members = stack.members
+    scheme = members[0].quantization_scheme
     grids = [
         gptq.Grid.of(
             module.weight.shape,
             found[name]["scale"],
             found[name]["zero_point"],
             found[name]["global_scale"],
-            arguments,
+            scheme.weights,
         )
         for name, module in zip(stack.names, members, strict=True)
     ]
     weight = torch.cat([module.weight.float() for module in members])
-    fell_back: bool
+    # A kernel for quantized weights alone multiplies in BF16; one for 8-bit activations, too,
+    # multiplies by the scale behind the sum.
+    multiplied_in = DTYPE if scheme.input_activations is None else torch.float32
     rounded, fell_back = gptq.quantize(
-        weight, stack.inputs.gram, gptq.stack(grids), arguments, dampening
+        weight, stack.inputs.gram, gptq.stack(grids), scheme.weights, dampening, multiplied_in
     )
-    for module, part in zip(
-        members, rounded.split([len(module.weight) for module in members]), strict=True
-    ):
+    heights = [len(module.weight) for module in members]
+    for module, part in zip(members, rounded.split(heights), strict=True):
         module.weight.copy_(part)
     return fell_back
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from compressed_tensors.compressors import compress_module
+from compressed_tensors.modeling.kvcache import register_key_hook, register_value_hook
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
@@ -15,6 +16,8 @@ from compressed_tensors.quantization import (
 )
 from llmcompressor.modifiers.quantization.calibration import (
     apply_calibration_status,
+    calibrate_key_hook,
+    calibrate_value_hook,
     freeze_module_quantization,
     initialize_observer,
     observe,
@@ -22,9 +25,6 @@ from llmcompressor.modifiers.quantization.calibration import (
 )
 from llmcompressor.observers import Observer
 from llmcompressor.observers.helpers import fuse_weight_observers
-
-SAMPLED_ROWS = 512
-"""Rows of a weight that a search looks at, evenly spaced."""
 
 BY_ROW = (
     QuantizationStrategy.GROUP,
@@ -41,20 +41,20 @@ def prepare(layer: torch.nn.Module, schemes: dict[str, QuantizationScheme]) -> N
     """
     for name, scheme in schemes.items():
         module = layer.get_submodule(name)
-        initialize_module_for_quantization(module, scheme)
+        initialize_module_for_quantization(module, scheme, force_zero_point=bool(scheme.weights))
         module.quantization_enabled = False
-        if scheme.weights is not None:
-            initialize_observer(module, "weight")
         inputs = scheme.input_activations
-        if inputs is not None and inputs.dynamic is not True and scheme.weights is not None:
-            initialize_observer(module, "input")
+        if scheme.weights is None:  # an attention whose keys and values are cached in FP8
+            initialize_observer(module, "k")
+            initialize_observer(module, "v")
+            register_key_hook(module, calibrate_key_hook)
+            register_value_hook(module, calibrate_value_hook)
+        else:
+            initialize_observer(module, "weight")
+            if inputs is not None and inputs.dynamic is not True:
+                initialize_observer(module, "input")
         apply_calibration_status(module)
     fuse_weight_observers(layer)
-
-
-def finish_scales(modules: Iterable[torch.nn.Module], bases: tuple[str, ...]) -> None:
-    """Store the scales and zero points that the observers of these bases found."""
-    update_qparams(list(modules), bases)
 
 
 def round_weights(modules: Iterable[torch.nn.Module]) -> None:
@@ -65,9 +65,10 @@ def round_weights(modules: Iterable[torch.nn.Module]) -> None:
 
 
 def pack(module: torch.nn.Module) -> None:
-    """Replace a module's weight by the tensors of its compressed format."""
+    """Drop a module's observers; replace its weight by the tensors of its compressed format."""
     freeze_module_quantization(module)
-    compress_module(module)
+    if module.quantization_scheme.weights is not None:
+        compress_module(module)
 
 
 def nearest(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
@@ -84,12 +85,10 @@ def nearest(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     )
 
 
-def sample_rows(
-    weight: torch.Tensor, args: QuantizationArgs, limit: int = SAMPLED_ROWS
-) -> torch.Tensor:
-    """At most `limit` evenly spaced rows, or all where rows depend on each other."""
+def sample_rows(weight: torch.Tensor, limit: int) -> torch.Tensor:
+    """At most `limit` evenly spaced rows (limit, columns)."""
     rows = len(weight)
-    if rows <= limit or args.strategy not in BY_ROW:
+    if rows <= limit:
         return weight
     picked = torch.linspace(0, rows - 1, limit, device=weight.device).round().long()
     return weight[picked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,5 +65,16 @@ def join() -> Ranks:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Rank 0 alone reads and writes the checkpoint; the others may wait for it for long.
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=datetime.timedelta(hours=2),
+        device_id=device if cuda else None,
+    )
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave() -> None:
+    """The end of :func:`join`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -16,9 +16,15 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 
 KV_CACHE = {
-    "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
+    "fp8": {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "tensor",
+        "symmetric": True,
+        "observer": "static_minmax",
+    },
 }
-"""One static scale a layer for keys and one for values."""
+"""One static scale a layer for keys and one for values, over all that calibration saw."""
 
 
 def scheme(name: str, group_size: int | str | None, targets: list[str]) -> QuantizationScheme:

@@ -26,9 +26,7 @@ CANDIDATES: tuple[tuple[str, int | None], ...] = (
 ROWS = 256
 
 
-def record(
-    name: str, layer: int, module: torch.nn.Module, inputs: Inputs, unit: str
-) -> dict[str, Any]:
+def record(name: str, layer: int, module: torch.nn.Module, inputs: Inputs) -> dict[str, Any] | None:
     """One linear of `sensitivity.json`; see docs/search.md for the fields.
 
     error = tr(E H ET) / tr(W H WT), E = Q(W) - W with Q rounding to nearest: the squared error of
@@ -39,28 +37,30 @@ def record(
     rows, columns = weight.shape
     candidates: list[dict[str, Any]] = []
     with bf16_products():
+        some = sample_rows(weight, ROWS).float()
+        total = float(((some @ inputs.gram) * some).sum())
+        if not total > 0:  # dead inputs or weights: nothing to lose, no ratio to give
+            return None
         for scheme_name, group_size in CANDIDATES:
             if group_size is not None and columns % group_size:
                 continue
             args = scheme(scheme_name, group_size, ["Linear"])
-            sampled = sample_rows(weight, args.weights, ROWS)
+            sampled = sample_rows(weight, ROWS)
             error = nearest(sampled, args.weights).float() - sampled.float()
-            whole = sampled.float()
             lost = float(((error @ inputs.gram) * error).sum())
-            total = float(((whole @ inputs.gram) * whole).sum())
             candidates.append(
                 {
                     "scheme": scheme_name,
                     "group_size": group_size,
                     "bytes": _bytes(rows, columns, weight.dtype, args),
-                    "error": lost / total if total > 0 else 0.0,
+                    "error": lost / total,
                 }
             )
     plain = {"scheme": "BF16", "group_size": None, "bytes": 2 * rows * columns, "error": 0.0}
     return {
         "name": name,
         "layer": layer,
-        "unit": unit,
+        "unit": unit_of(name),
         "shape": [rows, columns],
         "candidates": [*candidates, plain],
     }
@@ -90,4 +90,8 @@ def _bytes(rows: int, columns: int, dtype: torch.dtype, made: QuantizationScheme
         infer_module_format(torch.nn.Linear, made).value
     )
     packed = packer.compress(state, made)
+    if "weight_zero_point" in packed:  # not packed on the meta device
+        scales = packed["weight_scale"].shape[-1]
+        words = -(-rows * made.weights.num_bits // 32)
+        packed["weight_zero_point"] = torch.empty(words, scales, dtype=torch.int32, device="meta")
     return sum(tensor.numel() * tensor.element_size() for tensor in packed.values())

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
 
+from quantize.engine import sensitivity
 from quantize.engine.hidden import BATCH_TOKENS, HiddenStates, Sequences
 from quantize.engine.journal import Journal
 from quantize.engine.layer import Done, Flow, Layer, Task, quantize_layer
@@ -56,7 +57,7 @@ def stream(body: dict[str, Any], work: Path, ranks: Ranks, say: Say) -> Result:
     skeleton = Skeleton(source.folder, quantization_config(body), ranks.device)
     outside, inside = skeleton.tensor_names(source)
     sequences = _sequences(body, ranks)
-    journal = Journal(work, _belongs_to(body, source))
+    journal = _journal(body, source, work, ranks)
     if ranks.first and OUTSIDE not in journal:
         journal.finish(OUTSIDE, source.read(outside, DTYPE))
     first = _first_unfinished(journal, len(inside))
@@ -77,7 +78,7 @@ def stream(body: dict[str, Any], work: Path, ranks: Ranks, say: Say) -> Result:
     if ranks.first:
         journal.check()
         _assemble(body, journal, skeleton, len(inside))
-    ranks.wait()
+        _write_sensitivity(body, journal, sequences, task)
     return _result(journal, skeleton, len(inside))
 
 
@@ -85,7 +86,8 @@ def _sequences(body: dict[str, Any], ranks: Ranks) -> Sequences | None:
     if not body["tokens"]:
         return None
     arrays = np.load(body["tokens"])
-    limit = BATCH_TOKENS[ranks.device.type]
+    # At least four batches a rank, so that none waits long for another.
+    limit = min(BATCH_TOKENS[ranks.device.type], arrays["ids"].size // (4 * ranks.size))
     sequences = Sequences(arrays["ids"], arrays["offsets"], limit)
     if len(sequences.batches) < ranks.size:
         raise WorkerError(
@@ -94,6 +96,18 @@ def _sequences(body: dict[str, Any], ranks: Ranks) -> Sequences | None:
             "use more samples or fewer devices",
         )
     return sequences
+
+
+def _journal(body: dict[str, Any], source: Source, work: Path, ranks: Ranks) -> Journal:
+    """Rank 0's is there before the others read it."""
+    belongs_to = _belongs_to(body, source)
+    if ranks.first:
+        journal = Journal(work, belongs_to)
+    ranks.wait()
+    if not ranks.first:
+        journal = Journal(work, belongs_to, writes=False)
+    ranks.wait()
+    return journal
 
 
 def _belongs_to(body: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -222,8 +236,6 @@ def _assemble(body: dict[str, Any], journal: Journal, skeleton: Skeleton, layers
     skeleton.update_config(output)
     for name in body["copy"]:
         shutil.copyfile(model / name, output / name)
-    if records := _sensitivity(parts):
-        write_json(output.parent / "sensitivity.json", records)
 
 
 def _place(shard: Path, target: Path) -> None:
@@ -234,9 +246,20 @@ def _place(shard: Path, target: Path) -> None:
         shutil.copyfile(shard, target)
 
 
-def _sensitivity(parts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    linears = [linear for part in parts for linear in part.get("sensitivity", ())]
-    return {"version": 1, "linears": linears} if linears else None
+def _write_sensitivity(
+    body: dict[str, Any], journal: Journal, sequences: Sequences | None, task: Task
+) -> None:
+    if sequences is None:
+        return
+    linears = [
+        linear for part in journal.entries.values() for linear in part.get("sensitivity", ())
+    ]
+    record = {
+        "version": sensitivity.VERSION,
+        "tokens": sequences.sampled(task.sample_every),
+        "linears": sorted(linears, key=lambda linear: (linear["layer"], linear["name"])),
+    }
+    write_json(Path(body["output"]).parent / "sensitivity.json", record)
 
 
 def _result(journal: Journal, skeleton: Skeleton, layers: int) -> Result:

@@ -10,9 +10,11 @@ to nearest because no token reached them, or because their Gram matrix has no Ch
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,11 +26,12 @@ return_freed_memory()
 
 import torch  # noqa: E402  (the allocator is set before the first tensor)
 
-from quantize.engine.ranks import join  # noqa: E402
+from quantize.engine.ranks import join, leave  # noqa: E402
 from quantize.engine.stream import PACKAGES, stream  # noqa: E402
 from quantize.protocol import Events, Request, load_request, worker_main  # noqa: E402
 
 SAY_SECONDS = 0.25
+PR_SET_PDEATHSIG = 1
 
 
 def run(request: Request, events: Events) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
             events.progress("quantizing", round(done, 2), layers, "layers")
 
     result = stream(request.body, Path(request.work) / "stream", ranks, say)
+    leave()
     return {
         "quantized": result.quantized,
         "unvisited": result.unvisited,
@@ -57,15 +61,25 @@ def run(request: Request, events: Events) -> dict[str, Any]:
 def main() -> None:
     """The worker; under torchrun, only rank 0 writes the result."""
     devices = torch.cuda.device_count()
-    if "RANK" not in os.environ and devices > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-        again = [sys.executable, "-P", *torchrun, "-m", "quantize.workers.stream", *sys.argv[1:3]]
-        os.execv(sys.executable, again)
-    if os.environ.get("RANK", "0") != "0":
-        request = load_request(sys.argv[1])
-        run(request, Events(request.events))
-    else:
+    if "RANK" not in os.environ:
+        if devices > 1:
+            _start_again(devices)
         worker_main(run)
+    # A rank leads a session of its own, where torchrun's end would not reach it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.environ["RANK"] == "0":
+        worker_main(run)
+    request = load_request(sys.argv[1])
+    run(request, Events(request.events))
+
+
+def _start_again(devices: int) -> None:
+    """Become torchrun with one process a device; ranks find the package as this process did."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    worker = ["-m", "quantize.workers.stream", *sys.argv[1:3]]
+    os.execv(sys.executable, [sys.executable, "-P", *torchrun, *worker])
 
 
 if __name__ == "__main__":
