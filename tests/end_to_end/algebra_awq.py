@@ -262,7 +262,8 @@ def sensitivities() -> dict[str, Any]:
         inputs = Inputs.empty(columns, torch.device("cpu"))
         inputs.add(x, 1)
         inputs.complete()
-        made = sensitivity.record("model.layers.3.mlp.up_proj", 3, module, inputs, "unit")
+        made = sensitivity.record("model.layers.3.mlp.up_proj", 3, module, inputs)
+        assert made is not None and made["unit"] == "model.layers.3.mlp.gate_up"
         fits = [size for size in (32, 128) if columns % size == 0]
         named = [(one["scheme"], one["group_size"]) for one in made["candidates"]]
         grouped = [(name, size) for name in ("W4A16", "W4A16_ASYM") for size in fits]

@@ -54,11 +54,13 @@ class Case:
             self.weight.shape, found["scale"], found["zero_point"], found["global_scale"], self.args
         )
 
-    def ours(self) -> tuple[torch.Tensor, bool]:
-        return gptq.quantize(self.weight.float(), self.gram, self.grid, self.args, DAMPENING)
+    def ours(self, multiplied_in: torch.dtype = torch.float32) -> tuple[torch.Tensor, bool]:
+        weight = self.weight.float()
+        return gptq.quantize(weight, self.gram, self.grid, self.args, DAMPENING, multiplied_in)
 
-    def theirs(self) -> tuple[torch.Tensor, bool]:
-        scale, global_scale = self.found["scale"].float(), self.found["global_scale"]
+    def theirs(self, multiplied_in: torch.dtype = torch.float32) -> tuple[torch.Tensor, bool]:
+        """Upstream rounds products to the scale's type."""
+        scale, global_scale = self.found["scale"].to(multiplied_in), self.found["global_scale"]
         rounded, _, fell_back = quantize_weight(
             self.weight.float()[None].clone(),
             self.gram[None].clone(),
@@ -136,6 +138,24 @@ def dead_columns() -> dict[str, Any]:
     return figures
 
 
+def products_in_bf16() -> dict[str, Any]:
+    """8-bit integers times BF16 scales as kernels multiply them: columns behind make up for it."""
+    figures = {}
+    for order in (None, "static"):
+        made = case("W8A16", 128, order)
+        (ours, _), (theirs, _) = made.ours(torch.bfloat16), made.theirs(torch.bfloat16)
+        exact, _ = made.ours()
+        figures[f"order {order}"] = found = {
+            "equal": made.equal(ours, theirs),
+            "error / upstream's": made.error(ours) / made.error(theirs),
+            "error / float32's": made.error(ours) / made.error(exact.bfloat16().float()),
+        }
+        assert torch.equal(ours, ours.bfloat16().float())
+        assert found["equal"] >= 0.98 and abs(found["error / upstream's"] - 1) <= 1e-3, figures
+        assert found["error / float32's"] < 0.97, figures
+    return figures
+
+
 def stacked() -> dict[str, Any]:
     """Several weights on one H give what each gives alone."""
     args = preset("W4A16_ASYM", 32).weights
@@ -184,6 +204,7 @@ def untouched() -> dict[str, Any]:
 CHECKS = {
     **{f"gptq_{name}": (lambda name=name: like_upstream(name)) for name in SCHEMES},
     "gptq_dead_columns": dead_columns,
+    "gptq_products_in_bf16": products_in_bf16,
     "gptq_stacked": stacked,
     "gptq_indefinite": indefinite,
     "gptq_untouched": untouched,

@@ -25,6 +25,7 @@ CHECKS = (
     "gptq_nvfp4",
     "gptq_mxfp4",
     "gptq_dead_columns",
+    "gptq_products_in_bf16",
     "gptq_stacked",
     "gptq_indefinite",
     "gptq_untouched",
