@@ -26,7 +26,7 @@ GRID = AWQModifier(mappings=[])._get_grid_search_params()
 """(ratio, whether weights count) of every candidate; the first is no scaling at all."""
 
 
-SAMPLED_ROWS = 512
+SAMPLED_ROWS = 256
 """Rows of a weight that the search looks at, evenly spaced."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-BLOCKS = 8
+BLOCKS = 4
 
 
 class LayerEnds(Exception):

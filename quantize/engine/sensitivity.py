@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme, initialize_modul
 from quantize.engine.inputs import Inputs, bf16_products
 from quantize.engine.nearest import nearest, sample_rows
 from quantize.engine.schemes import scheme
+from quantize.modules import served_unit
 
 VERSION = 1
 
@@ -23,7 +24,7 @@ CANDIDATES: tuple[tuple[str, int | None], ...] = (
     ("W8A16", 128),
     ("FP8_DYNAMIC", None),
 )
-ROWS = 256
+ROWS = 128
 
 
 def record(name: str, layer: int, module: torch.nn.Module, inputs: Inputs) -> dict[str, Any] | None:
@@ -60,24 +61,10 @@ def record(name: str, layer: int, module: torch.nn.Module, inputs: Inputs) -> di
     return {
         "name": name,
         "layer": layer,
-        "unit": unit_of(name),
+        "unit": served_unit(name),
         "shape": [rows, columns],
         "candidates": [*candidates, plain],
     }
-
-
-def unit_of(name: str) -> str:
-    """The linears that must share a scheme: those that vLLM holds in one matrix or one kernel."""
-    parent, _, own = name.rpartition(".")
-    if ".experts." in name:
-        return name.split(".experts.")[0] + ".experts"
-    for fused, parts in (
-        ("qkv", ("q_proj", "k_proj", "v_proj")),
-        ("gate_up", ("gate_proj", "up_proj")),
-    ):
-        if own in parts:
-            return f"{parent}.{fused}"
-    return name
 
 
 def _bytes(rows: int, columns: int, dtype: torch.dtype, made: QuantizationScheme) -> int:

@@ -12,7 +12,6 @@ import torch
 from accelerate import init_empty_weights
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
-    QuantizationConfig,
     QuantizationMetadata,
     QuantizationScheme,
     QuantizationStatus,
@@ -21,6 +20,7 @@ from compressed_tensors.quantization import (
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantize.engine.schemes import quantization_config
 from quantize.engine.source import Source, Tensors
 from quantize.protocol import WorkerError
 
@@ -41,7 +41,7 @@ class _Stop(Exception):
 class Skeleton:
     """A causal language model on the meta device whose decoder layers are filled one at a time."""
 
-    def __init__(self, folder: Path, config: QuantizationConfig, device: torch.device) -> None:
+    def __init__(self, folder: Path, body: dict[str, Any], device: torch.device) -> None:
         self.device = device
         with init_empty_weights(include_buffers=False):
             loaded = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -54,8 +54,8 @@ class Skeleton:
             for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
                 buffer_owner.register_buffer(name, buffer.to(device), persistent=False)
         with torch.device("meta"):
+            config = quantization_config(body, self.model)
             apply_quantization_config(self.model, config, show_progress=False)
-        self._config = config
         self.schemes = self._take_schemes()
 
     def _take_schemes(self) -> dict[str, QuantizationScheme]:

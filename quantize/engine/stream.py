@@ -22,7 +22,6 @@ from quantize.engine.hidden import BATCH_TOKENS, HiddenStates, Sequences
 from quantize.engine.journal import Journal
 from quantize.engine.layer import Done, Flow, Layer, Task, quantize_layer
 from quantize.engine.ranks import Ranks
-from quantize.engine.schemes import quantization_config
 from quantize.engine.skeleton import DTYPE, Skeleton
 from quantize.engine.source import INDEX, Source, Tensors
 from quantize.protocol import WorkerError, write_json
@@ -54,7 +53,7 @@ def stream(body: dict[str, Any], work: Path, ranks: Ranks, say: Say) -> Result:
     """Quantize `body["model"]` into `body["output"]`, going on from what `work` holds."""
     torch.set_grad_enabled(False)
     source = Source(Path(body["model"]))
-    skeleton = Skeleton(source.folder, quantization_config(body), ranks.device)
+    skeleton = Skeleton(source.folder, body, ranks.device)
     outside, inside = skeleton.tensor_names(source)
     sequences = _sequences(body, ranks)
     journal = _journal(body, source, work, ranks)

@@ -49,7 +49,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         body["model"], dtype=torch.bfloat16, local_files_only=True
     )
-    arguments: dict[str, Any] = {"model": model, "recipe": modifiers(body)}
+    arguments: dict[str, Any] = {"model": model, "recipe": modifiers(body, model)}
     if body["tokens"]:
         loader, longest = _loader(Path(body["tokens"]))
         arguments |= {"dataset": loader, "num_calibration_samples": len(loader)}
