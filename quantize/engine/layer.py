@@ -104,6 +104,7 @@ def quantize_layer(layer: Layer, task: Task, flow: Flow | None, advance: Advance
         else:
             nearest.round_weights(layer.modules(layer.linears))
         update_qparams(layer.modules(layer.schemes), ACTIVATIONS)
+        _fill_unvisited(layer, done.unvisited)
     advance(HANDED_ON)
     for module in layer.modules(layer.schemes):
         nearest.pack(module)
@@ -150,6 +151,26 @@ def _observe_input(module: torch.nn.Module, x: torch.Tensor) -> None:
     observer = getattr(module, "input_observer", None)
     if observer is not None:
         observer(x)
+
+
+def _fill_unvisited(layer: Layer, unvisited: list[str]) -> None:
+    """Static input scales of experts that no token reached: the largest of their siblings'.
+
+    They saw no input to take a range from; servers use the largest of a layer's experts for all.
+    """
+    named = {layer.prefix + name: layer.module.get_submodule(name) for name in layer.linears}
+    for name in unvisited:
+        scale = getattr(named[name], "input_scale", None)
+        if scale is None:
+            continue
+        siblings = [
+            module.input_scale
+            for other, module in named.items()
+            if other not in unvisited
+            and other.rpartition(".")[2] == name.rpartition(".")[2]
+            and hasattr(module, "input_scale")
+        ]
+        scale.data.copy_(torch.stack(siblings).amax(dim=0) if siblings else torch.ones_like(scale))
 
 
 def _run(

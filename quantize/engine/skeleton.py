@@ -17,7 +17,8 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     apply_quantization_config,
 )
-from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize.engine.schemes import quantization_config
@@ -46,7 +47,7 @@ class Skeleton:
         with init_empty_weights(include_buffers=False):
             loaded = AutoConfig.from_pretrained(folder, local_files_only=True)
             self.model = AutoModelForCausalLM.from_config(loaded, dtype=DTYPE)
-            linearize_moe(self.model)
+            _linearize_experts(self.model)
         self.model.eval().requires_grad_(False)
         self.layers = self.model.get_submodule(LAYERS)
         # Buffers are small and real: rotary frequencies, embedding scales.
@@ -192,6 +193,16 @@ class Skeleton:
         compressor = ModelCompressor.from_pretrained_model(self.model)
         compressor.quantization_config.quantization_status = QuantizationStatus.COMPRESSED
         compressor.update_config(str(folder))
+
+
+def _linearize_experts(model: torch.nn.Module) -> None:
+    """Put llm-compressor's experts of single linears in the place of fused ones, without weights.
+
+    Its own `linearize_moe` copies weights, which there are none of here.
+    """
+    for name, experts in get_non_linearized_moes(model):
+        made = LinearExperts2D.get_linear_experts_cls(type(experts))
+        model.set_submodule(name, made(getattr(experts, "config", model.config)))
 
 
 def _emptied(layer: torch.nn.Module) -> torch.nn.Module:
