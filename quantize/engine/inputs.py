@@ -24,7 +24,7 @@ class Inputs:
     """Statistics of one distinct input of a layer's linears.
 
     `gram`: (columns, columns) float32, sum over `sampled` tokens of x xT. `absolute`: (columns,)
-    float32, sum over all `tokens` of |x|.
+    float32, sum over all `tokens` of |x|. Either may have been left out, and is then zero.
     """
 
     columns: int
@@ -45,10 +45,18 @@ class Inputs:
 
     def add(self, x: torch.Tensor, every: int) -> None:
         """Take up tokens x (..., columns); the Gram matrix takes each `every`-th of them."""
+        self.add_absolute(x)
+        self.add_products(x, every)
+
+    def add_absolute(self, x: torch.Tensor) -> None:
+        """Take up tokens x (..., columns) in the sum of |x|."""
         rows = x.reshape(-1, self.columns)
         self.tokens += len(rows)
         self.absolute += rows.abs().sum(dim=0, dtype=torch.float32)
-        picked = rows[::every]
+
+    def add_products(self, x: torch.Tensor, every: int) -> None:
+        """Take up each `every`-th of tokens x (..., columns) in the Gram matrix."""
+        picked = x.reshape(-1, self.columns)[::every]
         self.sampled += len(picked)
         add_products(self.gram, picked)
 
@@ -101,20 +109,22 @@ def bf16_products() -> Iterator[None]:
 class Watch:
     """Collects :class:`Inputs` from a layer's forward passes.
 
-    `grams` names the linears whose Gram matrix is needed, `means` those of which the mean |x| is
-    (a router, the first linear behind a norm). `observe` is called with every watched module and
+    `grams` names the linears whose Gram matrix is needed, `means` the modules of which the mean |x|
+    is (the first linear behind a norm, a router). `observe` is called with every watched module and
     its input as well: static activation scales come from it.
     """
 
     def __init__(
         self,
         layer: torch.nn.Module,
-        watched: Iterable[str],
+        grams: Iterable[str],
+        means: Iterable[str] = (),
         every: int = 1,
         observe: Callable[[torch.nn.Module, torch.Tensor], None] | None = None,
     ) -> None:
         self._layer, self._every, self._observe = layer, every, observe
-        self._watched = tuple(watched)
+        self._grams, self._means = frozenset(grams), frozenset(means)
+        self._taken: set[str] = set()  # of the input seen last
         self.inputs: dict[str, Inputs] = {}  # by the first linear that reads it
         self._first_reader: dict[str, str] = {}
         self._order: list[str] = []
@@ -131,7 +141,7 @@ class Watch:
     def hooked(self, stop_early: bool) -> Iterator[None]:
         """Watch the layer's calls; with `stop_early` they end in :class:`LayerEnds`."""
         handles = []
-        for name in self._watched:
+        for name in sorted(self._grams | self._means):
             module = self._layer.get_submodule(name)
             hook = self._hook(name, stop_early)
             handles.append(module.register_forward_pre_hook(hook))
@@ -153,9 +163,15 @@ class Watch:
                 self._order.append(name)
             if self._seen is not x:
                 self._seen, self._seen_by = x, self._first_reader.get(name, name)
+                self._taken.clear()
                 if self._seen_by not in self.inputs:
                     self.inputs[self._seen_by] = Inputs.empty(x.shape[-1], x.device)
-                self.inputs[self._seen_by].add(x, self._every)
+            if name in self._grams and "gram" not in self._taken:
+                self._taken.add("gram")
+                self.inputs[self._seen_by].add_products(x, self._every)
+            if name in self._means and "mean" not in self._taken:
+                self._taken.add("mean")
+                self.inputs[self._seen_by].add_absolute(x)
             if name not in self._first_reader:
                 self._first_reader[name] = self._seen_by
                 self.inputs[self._seen_by].readers.append(name)

@@ -118,8 +118,8 @@ def _watched(
     layer: Layer, mappings: list[awq.Mapping], task: Task, flow: Flow, advance: Advance
 ) -> Watch:
     """One pass over the calibration data; statistics are summed over the ranks."""
-    names = [*layer.linears, *(mapping.balance[0] for mapping in mappings)]
-    watch = Watch(layer.module, dict.fromkeys(names), task.sample_every, _observe_input)
+    means = [mapping.balance[0] for mapping in mappings]
+    watch = Watch(layer.module, layer.linears, means, task.sample_every, _observe_input)
     onward = None if task.gptq else flow.after
     with watch.hooked(stop_early=onward is None):
         _run(layer, flow, task.ranks, onward, watch, lambda share: advance(share * WATCHED))

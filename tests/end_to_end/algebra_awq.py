@@ -96,7 +96,7 @@ class Watched:
         hidden = torch.randn(TOKENS // 64, 64, WIDTH, generator=random).to(torch.bfloat16)
         inputs: dict[str, torch.Tensor] = {}
         layer = Layer(0, "model.layers.0.", module, dict.fromkeys(LINEARS, scheme))
-        watch = Watch(module, LINEARS)
+        watch = Watch(module, LINEARS, LINEARS)
         hooks = [
             module.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2))
@@ -197,7 +197,7 @@ def sampled() -> dict[str, Any]:
     layer["up"].weight = torch.nn.Parameter(weights(rows, columns, 6), requires_grad=False)
     scheme = preset("W4A16_ASYM", 128)
     Layer(0, "", layer, {"up": scheme})
-    watch = Watch(layer, ["up"])
+    watch = Watch(layer, ["up"], ["up"])
     with watch.hooked(stop_early=False):
         layer["up"](x)
         watch.end_of_pass()

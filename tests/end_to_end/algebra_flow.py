@@ -110,7 +110,7 @@ def watch_a_layer() -> dict[str, Any]:
     figures = {}
     for every in (1, 3):
         expected = llama.inputs(batches, every)
-        watch = Watch(llama.layer, LINEARS, every)
+        watch = Watch(llama.layer, LINEARS, LINEARS, every)
         with watch.hooked(stop_early=False):
             for batch in batches:
                 llama(batch)
@@ -142,7 +142,7 @@ def layer_ends() -> dict[str, Any]:
         llama.layer.get_submodule(name).register_forward_hook(
             lambda *_, name=name: ran.append(name)
         )
-    watch = Watch(llama.layer, LINEARS)
+    watch = Watch(llama.layer, LINEARS, LINEARS)
     hidden = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     with watch.hooked(stop_early=True):
         for number in range(3):
