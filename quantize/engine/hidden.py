@@ -8,7 +8,9 @@ padding, and a position in the file does not depend on how many processes share 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +86,31 @@ def _batches(lengths: list[int], limit: int) -> Iterator[Batch]:
 
 
 class HiddenStates:
-    """One file of hidden states, (tokens, hidden_size) BF16."""
+    """One file of hidden states, (tokens, hidden_size) BF16.
 
-    def __init__(self, path: Path, hidden_size: int, device: torch.device) -> None:
+    With `hold`, what is written also stays on the device, and is read from there; the file is
+    still written, because a killed run goes on from it.
+    """
+
+    def __init__(
+        self, path: Path, hidden_size: int, device: torch.device, hold: bool = False
+    ) -> None:
         self.path, self.hidden_size, self.device = path, hidden_size, device
         self._row = hidden_size * ITEM_BYTES
+        self._held: dict[int, torch.Tensor] | None = {} if hold else None
 
     def complete(self, tokens: int) -> bool:
         """Whether the file is there; it is renamed into place when it is whole."""
         return self.path.is_file() and self.path.stat().st_size == tokens * self._row
+
+    def read_ahead(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Each batch with its states; the next ones are read while the caller computes."""
+        with self.reading() as read, ThreadPoolExecutor(1, "read-ahead") as pool:
+            waiting = deque(pool.submit(read, batch) for batch in batches[:1])
+            for number, batch in enumerate(batches):
+                if number + 1 < len(batches):
+                    waiting.append(pool.submit(read, batches[number + 1]))
+                yield batch, waiting.popleft().result()
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[Batch], torch.Tensor]]:
@@ -100,12 +118,15 @@ class HiddenStates:
         with open(self.path, "rb", buffering=0) as file:
 
             def read(batch: Batch) -> torch.Tensor:
-                data = bytearray(batch.tokens * self._row)
-                view, done = memoryview(data), 0
-                while done < len(data):
+                if self._held and batch.start in self._held:
+                    return self._held[batch.start]
+                pinned = self.device.type == "cuda"  # so that the copy need not be waited for
+                shape = (batch.count, batch.length, self.hidden_size)
+                states = torch.empty(shape, dtype=DTYPE, pin_memory=pinned)
+                view, done = memoryview(states.view(torch.uint8).numpy()).cast("B"), 0
+                while done < len(view):
                     done += os.preadv(file.fileno(), [view[done:]], batch.start * self._row + done)
-                flat = torch.frombuffer(data, dtype=DTYPE)
-                return flat.reshape(batch.count, batch.length, -1).to(self.device)
+                return states.to(self.device, non_blocking=True)
 
             yield read
 
@@ -113,22 +134,33 @@ class HiddenStates:
     def writing(self) -> Iterator[Callable[[Batch, torch.Tensor], None]]:
         """A function that puts a batch's states into the file; it is synced at the end.
 
-        Several processes may write their own batches at once. When all have, one of them calls
-        :meth:`finish`.
+        Writing goes on behind the caller's back, a batch at most. Several processes may write
+        their own batches at once. When all have, one of them calls :meth:`finish`.
         """
         descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
+            with ThreadPoolExecutor(1, "write-behind") as pool:
+                pending: deque[Future[None]] = deque()
 
-            def write(batch: Batch, states: torch.Tensor) -> None:
-                data = states.to("cpu", DTYPE).contiguous().view(torch.uint8).numpy().data
-                view, done = memoryview(data).cast("B"), 0
-                while done < len(view):
-                    done += os.pwrite(descriptor, view[done:], batch.start * self._row + done)
+                def write(batch: Batch, states: torch.Tensor) -> None:
+                    if self._held is not None:
+                        self._held[batch.start] = states
+                    pending.append(pool.submit(self._write, descriptor, batch, states))
+                    if len(pending) > 1:
+                        pending.popleft().result()
 
-            yield write
+                yield write
+                for last in pending:
+                    last.result()
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def _write(self, descriptor: int, batch: Batch, states: torch.Tensor) -> None:
+        data = states.to("cpu", DTYPE).contiguous().view(torch.uint8).numpy()
+        view, done = memoryview(data).cast("B"), 0
+        while done < len(view):
+            done += os.pwrite(descriptor, view[done:], batch.start * self._row + done)
 
     def finish(self) -> None:
         """Give the written file its name."""
@@ -139,5 +171,14 @@ class HiddenStates:
         return self.path.with_name(self.path.name + ".tmp")
 
     def remove(self) -> None:
-        """Delete the file, if it is there."""
+        """Delete the file, if it is there, and what is held."""
         self.path.unlink(missing_ok=True)
+        self._held = None
+
+
+def fits(tokens: int, hidden_size: int, device: torch.device) -> bool:
+    """Whether two of these may stay on the device: in a quarter of a GPU's free memory."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return bool(2 * tokens * hidden_size * ITEM_BYTES <= free // 4)

@@ -184,12 +184,11 @@ def _run(
     """Send the rank's batches through the layer; outputs go to `after` if it is given."""
     batches = ranks.share(flow.batches)
     with ExitStack() as stack:
-        read = stack.enter_context(flow.before.reading())
         write = stack.enter_context(after.writing()) if after is not None else None
-        for number, batch in enumerate(batches, 1):
+        for number, (batch, states) in enumerate(flow.before.read_ahead(batches), 1):
             arguments = flow.calls(batch.count, batch.length)[layer.index]
             try:
-                output = layer.module(read(batch), **arguments)
+                output = layer.module(states, **arguments)
             except LayerEnds:
                 output = None
             if write is not None:

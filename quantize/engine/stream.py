@@ -18,7 +18,7 @@ import torch
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
 
 from quantize.engine import sensitivity
-from quantize.engine.hidden import BATCH_TOKENS, HiddenStates, Sequences
+from quantize.engine.hidden import BATCH_TOKENS, HiddenStates, Sequences, fits
 from quantize.engine.journal import Journal
 from quantize.engine.layer import Done, Flow, Layer, Task, quantize_layer
 from quantize.engine.ranks import Ranks
@@ -64,15 +64,15 @@ def stream(body: dict[str, Any], work: Path, ranks: Ranks, say: Say) -> Result:
     if first < len(inside) and sequences is not None:
         _embed(skeleton, source, sequences, work, first, ranks)
     layers = source.read_ahead(inside[first:], DTYPE)
-    for index, tensors in enumerate(layers, first):
+    flows = _flows(skeleton, sequences, work, range(first, len(inside)))
+    for (index, flow), tensors in zip(flows, layers, strict=True):
         started = time.monotonic()
-        flow = _flow(skeleton, sequences, work, index)
         done = _one_layer(skeleton, index, tensors, task, flow, say)
         if ranks.first:
             journal.finish(index, done.tensors, **_layer_record(index, started, done))
-            if flow is not None:
-                flow.before.remove()
         ranks.wait()
+        if flow is not None:
+            flow.before.remove()
         say(index + 1, len(inside))
     if ranks.first:
         journal.check()
@@ -138,9 +138,10 @@ def _task(
     return Task(tuple(smooth), gptq, body["dampening"], every, ranks)
 
 
-def _hidden(skeleton: Skeleton, work: Path, index: int) -> HiddenStates:
+def _hidden(skeleton: Skeleton, work: Path, index: int, hold: bool = False) -> HiddenStates:
     """The input of layer `index`."""
-    return HiddenStates(work / f"hidden-{index}.bin", skeleton.hidden_size, skeleton.device)
+    path = work / f"hidden-{index}.bin"
+    return HiddenStates(path, skeleton.hidden_size, skeleton.device, hold)
 
 
 def _embed(
@@ -178,12 +179,20 @@ def _embed(
     ranks.wait()
 
 
-def _flow(skeleton: Skeleton, sequences: Sequences | None, work: Path, index: int) -> Flow | None:
+def _flows(
+    skeleton: Skeleton, sequences: Sequences | None, work: Path, layers: range
+) -> Iterator[tuple[int, Flow | None]]:
+    """Each layer's number with its part of the data's way; without data, with None."""
     if sequences is None:
-        return None
-    last = index + 1 == len(skeleton.layers)
-    after = None if last else _hidden(skeleton, work, index + 1)
-    return Flow(_hidden(skeleton, work, index), after, sequences.batches, skeleton.calls)
+        yield from ((index, None) for index in layers)
+        return
+    hold = fits(sequences.tokens, skeleton.hidden_size, skeleton.device)
+    before = _hidden(skeleton, work, layers.start)
+    for index in layers:
+        last = index + 1 == len(skeleton.layers)
+        after = None if last else _hidden(skeleton, work, index + 1, hold)
+        yield index, Flow(before, after, sequences.batches, skeleton.calls)
+        before = after if after is not None else before
 
 
 def _one_layer(
