@@ -268,9 +268,13 @@ def card_inputs(
     after: Side,
     *,
     source: Mapping[str, Any] = {},
+    compressed: Mapping[str, Any] = {},
     key: str = "",
 ) -> dict[str, Artifact]:
-    """Every artifact that the card stage reads, by role; `source` changes source.json."""
+    """Every artifact that the card stage reads, by role.
+
+    `source` changes source.json, `compressed` compress.json.
+    """
     weights = [{"name": "model.safetensors", "bytes": before.weight_bytes, "sha256": "d" * 64}]
     facts = {
         "kind": "folder",
@@ -290,7 +294,11 @@ def card_inputs(
         "scheme": "W4A16_ASYM",
         "group_size": 128,
         "quantized": ["model.layers.0.mlp.down_proj"],
+        "engine": "stream",
+        "unvisited": [],
+        "not_factorised": [],
         "seconds": 31.2,
+        **compressed,
     }
     audit = {
         "checks": [{"name": "every tensor", "passed": True, "detail": ""}],

@@ -27,10 +27,14 @@ MEASURED = ("baseline", "candidate", "compare")
 def made(tmp_path):
     """Builds a card; gives its record and its text."""
 
-    def make(before=None, after=None, source=None, recipe=RECIPE, without=()):
+    def make(before=None, after=None, source=None, recipe=RECIPE, without=(), compressed=None):
         store = new_store(tmp_path)
         inputs = card_inputs(
-            store, before or baseline_side(), after or candidate_side(), source=source or {}
+            store,
+            before or baseline_side(),
+            after or candidate_side(),
+            source=source or {},
+            compressed=compressed or {},
         )
         inputs = {role: item for role, item in inputs.items() if role not in without}
         context = stage_context(tmp_path, store, "card", inputs, recipe)
@@ -100,6 +104,31 @@ def test_a_mixed_recipe_is_on_the_card_as_it_was_filled_in(made):
         "AWQ, W4A16_ASYM, a scale for each output channel, some modules W8A16 or FP8_DYNAMIC, "
         "scales for an FP8 KV cache" in card
     )
+
+
+NOTE = "quantized by llm-compressor's oneshot: not verified on PhiForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("compressed", "engine"),
+    [
+        ({}, "quantize's own, a decoder layer at a time"),
+        ({"engine": "llmcompressor"}, "llm-compressor's oneshot"),
+        ({"engine": "llmcompressor", "engine_note": NOTE}, NOTE),
+    ],
+)
+def test_the_engine_that_ran_is_on_the_card(made, compressed, engine):
+    card = made(compressed=compressed)[1]
+    assert f"\n- Engine: {engine}\n" in card
+    assert "Rounded to nearest" not in card
+
+
+def test_modules_that_were_rounded_to_nearest_are_limits(made):
+    experts = [f"model.layers.0.mlp.experts.{n}.up_proj" for n in (3, 5)]
+    card = made(compressed={"unvisited": experts, "not_factorised": ["model.layers.1.o_proj"]})[1]
+    limits = card.split("## Limits")[1]
+    assert f"2 module(s) that no calibration token reached, `{experts[0]}` the first" in limits
+    assert "1 module(s) that GPTQ found no factorisation for, `model.layers.1.o_proj`" in limits
 
 
 def test_card_is_a_function_of_its_record_alone(made):
