@@ -59,6 +59,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         name
         for name, module in model.named_modules()
         if getattr(module, "quantization_scheme", None) is not None
+        and module.quantization_scheme.weights is not None  # not an attention's KV cache
     )
     output = Path(body["output"])
     events.progress("saving the checkpoint", 0, 1)
