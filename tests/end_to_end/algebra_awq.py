@@ -213,7 +213,7 @@ def sampled() -> dict[str, Any]:
         "best ratio": min(exact, key=lambda ratio: exact[ratio]),
         "chosen / best": exact[found.ratio] / min(exact.values()),
     }
-    assert 0 < figures["loss"] < 0.05 and figures["chosen / best"] < 1.01, figures
+    assert 0 < figures["loss"] < 0.1 and figures["chosen / best"] < 1.02, figures
     return figures
 
 
@@ -283,8 +283,8 @@ def sensitivities() -> dict[str, Any]:
             error = stored(module.weight, scheme).double() - module.weight.double()
             figures[name] = found = relative(one["error"], output_error(error, x) / whole)
             assert one["bytes"] == total, (name, one["bytes"], total)
-            # 256 rows stand for all: their sum is that of a sample.
-            assert found < (0.01 if rows <= sensitivity.ROWS else 0.15), figures
+            # Some rows stand for all; their sizes differ here, so sums of samples do, too.
+            assert found < (1e-3 if rows <= sensitivity.ROWS else 0.25), figures
     return figures
 
 

@@ -246,7 +246,8 @@ def test_killed_with_two_and_resumed_with_one(python: Path, tokens: Path, tmp_pa
     job = Job.of(tmp_path / "job", python, METHODS["awq+gptq"], tokens=tokens)
     launcher = job.start(2)
     journal = tmp_path / "job" / "work" / "stream" / "journal.jsonl"
-    wait_for(lambda: journal.exists() and b'"part": "1"' in journal.read_bytes(), launcher)
+    log = job.folder / "log"
+    wait_for(lambda: b'"part": "1"' in content(journal), launcher, log)
     for pid in (launcher.pid, *descendants(launcher.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -274,7 +275,7 @@ def test_no_rank_outlives_its_launcher(
         [sys.executable, "-c", script, arguments], cwd=ROOT, env=environment()
     )
     journal = tmp_path / "job" / "work" / "stream" / "journal.jsonl"
-    wait_for(journal.exists, pipeline)
+    wait_for(journal.exists, pipeline, tmp_path / "log")
     tree = descendants(pipeline.pid)  # supervisor, launcher, ranks
     assert len(tree) >= 4
     os.kill({"pipeline": pipeline.pid, "supervisor": tree[0], "launcher": tree[1]}[victim], 9)
@@ -306,10 +307,14 @@ def test_experts_that_one_rank_or_none_saw(python: Path, tmp_path: Path) -> None
             assert differing(one, two, "0") < 5e-3
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert process.poll() is None, "it ended by itself"
+        assert process.poll() is None, content(log)[-4000:].decode()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
