@@ -57,6 +57,10 @@ class Baseline:
     logits: torch.Tensor
     measured: Measured
 
+    def first(self, count: int) -> Baseline:
+        """The same with fewer sequences."""
+        return Baseline(self.ids[:count], self.logits[:count], self.measured)
+
 
 def load(folder: Path) -> transformers.PreTrainedModel:
     """The checkpoint in BF16, decompressed, ready to run.
@@ -97,9 +101,8 @@ def _load_experts(folder: Path, config: Any) -> transformers.PreTrainedModel:
 
 
 @torch.no_grad()
-def baseline(folder: Path, count: int, length: int) -> Baseline:
-    """Logits of `count` held-out sequences of `length` tokens."""
-    ids = sequences("held_out", count, length)
+def baseline(folder: Path, ids: torch.Tensor) -> Baseline:
+    """Logits of held-out sequences, `ids` (sequences, tokens)."""
     model = load(folder)
     logits = _logits(model, ids)
     measured = Measured(
@@ -167,7 +170,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
-    against = baseline(options.baseline, options.sequences, options.length)
+    ids = sequences("held_out", options.sequences, options.length)
+    against = baseline(options.baseline, ids)
     found = {str(folder): asdict(measure(folder, against)) for folder in options.candidates}
     print(json.dumps({str(options.baseline): asdict(against.measured)} | found))
 

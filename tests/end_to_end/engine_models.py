@@ -34,6 +34,8 @@ SEED = 7
 ROWS, LENGTH = 8, 128
 """Of a training batch; windows are shorter than LENGTH."""
 STEPS, RATE = 60, 5e-3
+BALANCE = 0.05
+"""Weight of the loss that spreads tokens over experts."""
 WINDOW = 48
 EXPERTS, EXPERT_WIDTH = 8, 256
 
@@ -102,11 +104,14 @@ def build(architecture: str, folder: Path, outliers: bool = False) -> float:
     config = getattr(transformers, config_class)(**(COMMON | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _warm_start(model, architecture)
-    loss = _train(model)
+    batches = sequences("train", STEPS * ROWS, LENGTH).view(STEPS, ROWS, LENGTH)
+    loss = train(model, batches, RATE)
     for parameter in model.parameters():  # not `.to()`: rotary frequencies stay FP32
         parameter.data = parameter.data.to(torch.bfloat16)
     if outliers:
-        _put_outliers(model, architecture)
+        if architecture in (*OFFSET_NORMS, "qwen3_moe"):
+            raise ValueError(f"{architecture} has no norm whose channels can be scaled exactly")
+        put_outliers(model)
     save(model, folder)
     return loss
 
@@ -225,21 +230,28 @@ def _to_experts(source: dict[str, torch.Tensor]) -> None:
         source[f"{mlp}.experts.down_proj"] = torch.stack([down[:, c] for c in chosen])
 
 
-def _train(model: nn.Module) -> float:
-    """AdamW, warm-up, linear decay, on the training split; the mean of the last ten losses."""
-    tokens = sequences("train", STEPS * ROWS, LENGTH).view(STEPS, ROWS, LENGTH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+def train(model: nn.Module, batches: torch.Tensor, rate: float) -> float:
+    """AdamW, warm-up, linear decay; the mean of the last ten losses, nats a token.
+
+    :param batches: token ids (steps, rows, tokens)
+    """
+    steps = len(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    # Experts see another number of tokens each time, for which BF16 kernels are made anew; and they
+    # are kept in balance, or some would never see any.
+    experts = hasattr(model.config, "num_experts")
+    asked = {"use_cache": False} | ({"output_router_logits": True} if experts else {})
     model.train()
     losses = []
-    for step, batch in enumerate(tokens):
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 5, 1.2 * (STEPS - step) / STEPS)
-        # experts see another number of tokens each time, for which BF16 kernels are made anew
-        with torch.autocast(
-            "cpu", torch.bfloat16, enabled=not hasattr(model.config, "num_experts")
-        ):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            group["lr"] = rate * min(1.0, (step + 1) / 5, 1.2 * (steps - step) / steps)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not experts):
+            output = model(input_ids=batch, **asked)
+        logits = output.logits[:, :-1].float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
+        if experts:
+            loss = loss + BALANCE * sum(_imbalance(logits) for logits in output.router_logits)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -249,15 +261,23 @@ def _train(model: nn.Module) -> float:
     return sum(losses[-10:]) / len(losses[-10:])
 
 
+def _imbalance(logits: torch.Tensor) -> torch.Tensor:
+    """Switch Transformer's loss (arXiv:2101.03961, 4) of one router, logits (tokens, experts).
+
+    transformers takes it of all layers together, and so leaves experts of single layers unused.
+    """
+    shares = logits.softmax(-1)
+    chosen = nn.functional.one_hot(shares.topk(2).indices, EXPERTS).sum(1).float()
+    return EXPERTS * (chosen.mean(0) * shares.mean(0)).sum()
+
+
 @torch.no_grad()
-def _put_outliers(model: nn.Module, architecture: str) -> None:
+def put_outliers(model: nn.Module) -> None:
     """Multiply twelve channels of each norm by 8 to 64 and divide the columns that read them.
 
-    The channels are those with the largest effect, as in large models. Powers of two are exact in
-    BF16, so the model computes the same.
+    For models like Llama. The channels are those with the largest effect, as in large models.
+    Powers of two are exact in BF16, so the model computes the same.
     """
-    if architecture in OFFSET_NORMS or architecture == "qwen3_moe":
-        raise ValueError(f"{architecture} has no norm whose channels can be scaled exactly")
     random = torch.Generator().manual_seed(SEED)
     for layer in model.model.layers:  # type: ignore[union-attr]
         for norm_name, names in OUTLIERS.items():
