@@ -8,11 +8,16 @@ the calibration tokens. Candidates for s, and which modules belong together, are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+)
 from compressed_tensors.utils import match_modules_set
 from llmcompressor.modeling.offset_norm import NormCalibrationModule, _is_registered
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -21,10 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 from quantize.engine.inputs import Inputs, Watch, bf16_products
 from quantize.engine.nearest import BY_ROW, nearest, sample_rows
+from quantize.engine.probe import Probe, parent_of
 
 GRID = AWQModifier(mappings=[])._get_grid_search_params()
 """(ratio, whether weights count) of every candidate; the first is no scaling at all."""
 
+
+FINALISTS = 5
+"""Candidates that are tried on the probe's tokens."""
 
 SAMPLED_ROWS = 256
 """Rows of a weight that the search looks at, evenly spaced."""
@@ -82,29 +91,59 @@ def _fits(layer: torch.nn.Module, mapping: Mapping, schemes: dict[str, Quantizat
     )
 
 
-def search(layer: torch.nn.Module, mapping: Mapping, watch: Watch) -> Found | None:
-    """The best scales for one mapping; None where no token reached its modules."""
+def search(
+    layer: torch.nn.Module, mapping: Mapping, watch: Watch, probe: Probe | None
+) -> Found | None:
+    """The best scales for one mapping; None where no token reached its modules.
+
+    H tells the error of each linear's own output. What follows, attention or the MLP's product,
+    weighs those errors differently; so with a `probe` the `FINALISTS` are run once more on its few
+    tokens, and the one that changes the output of what holds the linears least is taken.
+    """
     means = _mean(watch.of(mapping.balance[0]))
     readers = [
         (layer.get_submodule(name), watch.of(name))
         for name in mapping.balance
         if getattr(layer.get_submodule(name), "quantization_scheme", None) is not None
     ]
-    reached = [(module, inputs) for module, inputs in readers if inputs and inputs.sampled]
-    if means is None or not reached:
+    terms = [
+        _Term.of(module, inputs)
+        for module, inputs in readers
+        if inputs is not None and inputs.sampled
+    ]
+    if means is None or not terms:
         return None
     weights = AWQModifier._compute_layer_means([module for module, _ in readers])
-    terms = [_Term.of(module, inputs) for module, inputs in reached]
-    best: Found | None = None
-    before = float("nan")
+    candidates = list(_candidates(means, weights.to(means.device, torch.float32)))
     with bf16_products():
-        for ratio, scales in _candidates(means, weights.to(means.device, torch.float32)):
-            loss = sum(float(term.loss(scales)) for term in terms)
-            if best is None:
-                before = loss
-            if loss == loss and (best is None or loss < best.loss):
-                best = Found(mapping, scales, ratio, before, loss)
-    return best
+        losses = [sum(float(term.loss(scales)) for term in terms) for _, scales in candidates]
+    finite = [number for number, loss in enumerate(losses) if math.isfinite(loss)]
+    ranked = sorted(finite, key=losses.__getitem__)
+    if not ranked:
+        return None
+    best = ranked[0]
+    if probe is not None and len(terms) > 1:
+        best = min(
+            ranked[:FINALISTS],
+            key=lambda number: _nearest_outputs(mapping, terms, candidates[number][1], probe),
+        )
+    ratio, scales = candidates[best]
+    return Found(mapping, scales, ratio, losses[0], losses[best])
+
+
+def _nearest_outputs(
+    mapping: Mapping, terms: list[_Term], scales: torch.Tensor, probe: Probe
+) -> float:
+    """What rounding all these linears at the scales does to the output of what holds them."""
+    kept = [term.module.weight.data for term in terms]
+    for term in terms:
+        weight = term.module.weight
+        rounded = nearest((weight * scales).to(weight.dtype), term.arguments)
+        weight.data = (rounded / scales).to(rounded.dtype)
+    changed = probe.change(parent_of(mapping.balance))
+    for term, weight in zip(terms, kept, strict=True):
+        term.module.weight.data = weight
+    return changed
 
 
 def _mean(inputs: Inputs | None) -> torch.Tensor | None:
@@ -139,7 +178,14 @@ class _Term:
     def of(cls, module: torch.nn.Module, inputs: Inputs) -> _Term:
         by_row = module.quantization_scheme.weights.strategy in BY_ROW
         rows = sample_rows(module.weight, SAMPLED_ROWS) if by_row else module.weight
-        return cls(module, rows, inputs.gram / inputs.sampled, len(rows) / len(module.weight))
+        gram, share = inputs.gram / inputs.sampled, len(rows) / len(module.weight)
+        return cls(module, rows, gram, share)
+
+    @property
+    def arguments(self) -> QuantizationArgs:
+        """How the linear is to be quantized."""
+        arguments: QuantizationArgs = self.module.quantization_scheme.weights
+        return arguments
 
     def loss(self, scales: torch.Tensor) -> torch.Tensor:
         """tr(E H ET) per token: the rows' sum, scaled up to all rows."""

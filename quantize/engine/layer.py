@@ -15,6 +15,8 @@ from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
 from quantize.engine import awq, gptq, nearest, sensitivity
 from quantize.engine.hidden import Batch, HiddenStates
 from quantize.engine.inputs import Inputs, LayerEnds, Watch
+from quantize.engine.probe import TOKENS as PROBE_TOKENS
+from quantize.engine.probe import Probe, parent_of
 from quantize.engine.ranks import Ranks
 from quantize.engine.skeleton import DTYPE, Calls
 from quantize.engine.source import Tensors
@@ -72,7 +74,7 @@ class Layer:
     ) -> None:
         self.index, self.prefix, self.module, self.schemes = index, prefix, module, schemes
         self.linears = [name for name, scheme in schemes.items() if scheme.weights is not None]
-        nearest.prepare(module, schemes)
+        self.cache_hooks = nearest.prepare(module, schemes)
 
     def modules(self, names: Iterable[str]) -> list[torch.nn.Module]:
         """Submodules by name."""
@@ -92,8 +94,9 @@ def quantize_layer(layer: Layer, task: Task, flow: Flow | None, advance: Advance
         mappings = awq.mappings(layer.module, list(task.smooth), layer.schemes)
         watch = _watched(layer, mappings, task, flow, advance)
         advance(WATCHED)
+        probe = _probe(layer, mappings, flow)
         for mapping in mappings:
-            _smooth(layer, mapping, watch, task.ranks, done)
+            _smooth(layer, mapping, watch, probe, task.ranks, done)
         advance(SEARCHED)
         _record(layer, watch, task.ranks, done)
         if task.gptq:
@@ -123,6 +126,8 @@ def _watched(
     onward = None if task.gptq else flow.after
     with watch.hooked(stop_early=onward is None):
         _run(layer, flow, task.ranks, onward, watch, lambda share: advance(share * WATCHED))
+    for hook in layer.cache_hooks:
+        hook.remove()
     for inputs in watch.inputs.values():
         counts = torch.tensor([inputs.tokens, inputs.sampled], device=inputs.gram.device)
         task.ranks.add_up([inputs.gram, inputs.absolute, counts])
@@ -203,8 +208,28 @@ def _run(
         ranks.wait()
 
 
-def _smooth(layer: Layer, mapping: awq.Mapping, watch: Watch, ranks: Ranks, done: Done) -> None:
-    found = awq.search(layer.module, mapping, watch)
+def _probe(layer: Layer, mappings: list[awq.Mapping], flow: Flow) -> Probe | None:
+    """The first sequences through the layer; the same ones on every rank."""
+    parents = [parent_of(mapping.balance) for mapping in mappings if len(mapping.balance) > 1]
+    if not parents:
+        return None
+    batch = flow.batches[0]
+    count = min(batch.count, -(-PROBE_TOKENS // batch.length))
+    with flow.before.reading() as read:
+        states = read(Batch(batch.start, count, batch.length))
+    keywords = flow.calls(count, batch.length)[layer.index]
+    return Probe(layer.module, states[:count], keywords, parents)
+
+
+def _smooth(
+    layer: Layer,
+    mapping: awq.Mapping,
+    watch: Watch,
+    probe: Probe | None,
+    ranks: Ranks,
+    done: Done,
+) -> None:
+    found = awq.search(layer.module, mapping, watch, probe)
     if found is None:
         return
     ranks.broadcast(found.scales, 0)

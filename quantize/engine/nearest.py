@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from compressed_tensors.compressors import compress_module
@@ -34,11 +35,13 @@ BY_ROW = (
 """Strategies in which a row's scales depend on that row alone, or on one number for all."""
 
 
-def prepare(layer: torch.nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
+def prepare(layer: torch.nn.Module, schemes: dict[str, QuantizationScheme]) -> list[Any]:
     """Give a filled layer's modules their schemes, observers and empty scales.
 
-    `schemes` is by name within the layer. Forward passes stay unquantized.
+    `schemes` is by name within the layer. Forward passes stay unquantized. Returns the handles of
+    the hooks that watch keys and values; remove them when the calibration data has passed.
     """
+    handles = []
     for name, scheme in schemes.items():
         module = layer.get_submodule(name)
         initialize_module_for_quantization(module, scheme, force_zero_point=bool(scheme.weights))
@@ -47,14 +50,15 @@ def prepare(layer: torch.nn.Module, schemes: dict[str, QuantizationScheme]) -> N
         if scheme.weights is None:  # an attention whose keys and values are cached in FP8
             initialize_observer(module, "k")
             initialize_observer(module, "v")
-            register_key_hook(module, calibrate_key_hook)
-            register_value_hook(module, calibrate_value_hook)
+            handles.append(register_key_hook(module, calibrate_key_hook))
+            handles.append(register_value_hook(module, calibrate_value_hook))
         else:
             initialize_observer(module, "weight")
             if inputs is not None and inputs.dynamic is not True:
                 initialize_observer(module, "input")
         apply_calibration_status(module)
     fuse_weight_observers(layer)
+    return handles
 
 
 def round_weights(modules: Iterable[torch.nn.Module]) -> None:
