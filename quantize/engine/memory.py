@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 THRESHOLD_BYTES = 1 << 20
+
+
+def peaks() -> dict[str, int]:
+    """`peak_memory_bytes`, the highest resident size, and on a GPU `peak_device_bytes`.
+
+    The latter is what torch had allocated there at most, without what the driver takes.
+    """
+    import torch  # not before the thresholds are set
+
+    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 def return_freed_memory() -> None:

@@ -24,7 +24,7 @@ CANDIDATES: tuple[tuple[str, int | None], ...] = (
     ("W8A16", 128),
     ("FP8_DYNAMIC", None),
 )
-ROWS = 128
+ROWS = 256
 
 
 def record(name: str, layer: int, module: torch.nn.Module, inputs: Inputs) -> dict[str, Any] | None:

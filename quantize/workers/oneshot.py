@@ -6,7 +6,8 @@ Request body: `model` (source folder), `output` (folder that receives the checkp
 (`tokens.npz` or null), `method`, `scheme`, `group_size` (an int, "channel" or null), `ignore`,
 `overrides` (a list of `modules`, `scheme`, `group_size`), `kv_cache` ("fp8" or null), `dampening`,
 `activation_order`, `copy` (names of files taken over from the source as they are).
-Result body: `quantized` (module names), `seconds`, `peak_memory_bytes`, `versions`.
+Result body: `quantized` (module names), `seconds`, `peak_memory_bytes`, `versions`;
+`peak_device_bytes` on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import importlib.metadata
 import itertools
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -29,6 +29,7 @@ import tqdm
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
+from quantize.engine.memory import peaks
 from quantize.engine.schemes import modifiers
 from quantize.protocol import Events, Request, worker_main
 
@@ -69,7 +70,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     return {
         "quantized": quantized,
         "seconds": time.monotonic() - started,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **peaks(),
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("llmcompressor", "compressed-tensors", "torch", "transformers")

@@ -5,7 +5,8 @@ process a GPU. The request body is that of `workers.oneshot`; beside the `output
 `sensitivity.json` where there was calibration data.
 Result body: `quantized` (module names), `unvisited` and `not_factorised` (those that were rounded
 to nearest because no token reached them, or because their Gram matrix has no Cholesky factor),
-`layers` (seconds of each), `seconds`, `peak_memory_bytes`, `versions`.
+`layers` (seconds of each), `seconds`, `peak_memory_bytes`, `versions`; `peak_device_bytes` on a
+GPU.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
-import resource
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from quantize.engine.memory import return_freed_memory
+from quantize.engine.memory import peaks, return_freed_memory
 
 return_freed_memory()
 
@@ -53,7 +53,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         "not_factorised": result.not_factorised,
         "layers": result.layers,
         "seconds": time.monotonic() - started,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **peaks(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
