@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from quantize.engine import awq, sensitivity
 from quantize.engine.inputs import Inputs, Watch
 from quantize.engine.layer import Layer
+from quantize.engine.probe import Probe
 from tests.end_to_end.algebra_data import (
     activations,
     output_error,
@@ -66,16 +67,26 @@ def decoder(kind: str, seed: int) -> torch.nn.Module:
     return layer
 
 
-def outputs(kind: str, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The layer's output (batch, tokens, width) in the layer's dtype."""
+def arguments(kind: str, hidden: torch.Tensor) -> dict[str, Any]:
+    """What the layer is called with beside hidden states (batch, tokens, width)."""
     rotary = {
         "Llama": (LlamaRotaryEmbedding, LlamaConfig),
         "Gemma2": (Gemma2RotaryEmbedding, Gemma2Config),
     }[kind]
     config = rotary[1](hidden_size=WIDTH, num_attention_heads=4, head_dim=WIDTH // 4)
     positions = torch.arange(hidden.shape[1])[None]
-    output = layer(hidden, position_embeddings=rotary[0](config)(hidden, positions))
-    return output[0] if isinstance(output, tuple) else output
+    return {"position_embeddings": rotary[0](config)(hidden, positions)}
+
+
+def outputs(kind: str, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The layer's output (batch, tokens, width) in the layer's dtype."""
+    return first(layer(hidden, **arguments(kind, hidden)))
+
+
+def first(output: Any) -> torch.Tensor:
+    """A module's main output."""
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 @dataclass
@@ -127,6 +138,24 @@ class Watched:
             total += output_error(error, x) / len(x)
         return total
 
+    def change(
+        self, mapping: awq.Mapping, scales: torch.Tensor, parent: str, hidden: torch.Tensor
+    ) -> float:
+        """Squared change of a module's output by rounding the mapping's linears at the scales."""
+        scheme = next(iter(self.layer.schemes.values()))
+        rounded = copy.deepcopy(self.layer.module)
+        for name in mapping.balance:
+            weight = rounded.get_submodule(name).weight
+            weight.copy_(stored((weight * scales).to(weight.dtype), scheme) / scales)
+        taken: list[torch.Tensor] = []
+        for module in (self.layer.module, rounded):
+            hook = module.get_submodule(parent).register_forward_hook(
+                lambda _, args, output: taken.append(first(output))
+            )
+            outputs(self.kind, module, hidden)
+            hook.remove()
+        return float((taken[0].double() - taken[1].double()).square().sum())
+
     def candidates(self, mapping: awq.Mapping) -> Iterator[tuple[float, torch.Tensor]]:
         """The paper's grid as llm-compressor has it, computed from the definition in float64.
 
@@ -156,7 +185,7 @@ def search(kind: str, scheme: str, group_size: int | str | None) -> dict[str, An
         made = Watched.of(kind, preset(scheme, group_size), seed)
         assert len(made.mappings) == 4, made.mappings
         for mapping in made.mappings:
-            found = awq.search(made.layer.module, mapping, made.watch)
+            found = awq.search(made.layer.module, mapping, made.watch, None)
             assert found is not None
             exact = {
                 (ratio, number > 0): (made.direct(mapping, scales), scales)
@@ -204,7 +233,7 @@ def sampled() -> dict[str, Any]:
     watch.inputs["up"].complete()
     mapping = awq.Mapping("norm", ("up",))
     made = Watched("", Layer(0, "", layer, {"up": scheme}), watch, x, {"up": x}, [mapping])
-    found = awq.search(layer, mapping, watch)
+    found = awq.search(layer, mapping, watch, None)
     assert found is not None
     exact = {ratio: made.direct(mapping, scales) for ratio, scales in made.candidates(mapping)}
     figures = {
@@ -217,6 +246,48 @@ def sampled() -> dict[str, Any]:
     return figures
 
 
+def probed() -> dict[str, Any]:
+    """Of the best candidates, the one is taken that changes attention's or the MLP's output least.
+
+    The candidates are the exact search's, the change that of packed weights, in BF16 as the model
+    computes it; nothing is left changed.
+    """
+    figures: dict[str, Any] = {}
+    other = 0
+    for seed in (10, 20, 30):
+        made = Watched.of("Llama", preset("W4A16", 64), seed)
+        module, tokens = made.layer.module, made.hidden[:2]
+        parents = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
+        probe = Probe(module, tokens, arguments("Llama", tokens), parents.values())
+        before = {name: weight.clone() for name, weight in module.named_parameters()}
+        for mapping in made.mappings:
+            found = awq.search(module, mapping, made.watch, probe)
+            alone = awq.search(module, mapping, made.watch, None)
+            assert found is not None and alone is not None
+            if mapping.smooth not in parents:
+                assert torch.equal(found.scales, alone.scales)
+                continue
+            exact = [(made.direct(mapping, s), r, s) for r, s in made.candidates(mapping)]
+            finalists = sorted(exact, key=lambda point: point[0])[: awq.FINALISTS]
+            changes = {
+                ratio: made.change(mapping, scales, parents[mapping.smooth], tokens)
+                for _, ratio, scales in finalists
+            }
+            best = min(changes, key=lambda ratio: changes[ratio])
+            figures[f"{mapping.smooth}, seed {seed}"] = {
+                "ratio": found.ratio,
+                "best ratio": best,
+                "without probe": alone.ratio,
+                "chosen / best": changes[found.ratio] / changes[best],
+            }
+            assert changes[found.ratio] <= 1.01 * changes[best], figures
+            other += found.ratio != alone.ratio
+        for name, weight in module.named_parameters():  # scales have no values yet
+            assert not name.endswith(".weight") or torch.equal(weight, before[name])
+    assert other, "the probe never made a difference"
+    return figures
+
+
 def unchanged(kind: str) -> dict[str, Any]:
     """Scaling changes nothing: exactly for weights that are not rounded, nearly for BF16 ones."""
     figures = {}
@@ -225,7 +296,7 @@ def unchanged(kind: str) -> dict[str, Any]:
     hidden = made.hidden.double()
     exact = outputs(kind, copy.deepcopy(module).double(), hidden)
     for mapping in made.mappings:
-        found = awq.search(module, mapping, made.watch)
+        found = awq.search(module, mapping, made.watch, None)
         assert found is not None
         unrounded, rounded = copy.deepcopy(module).double(), copy.deepcopy(module)
         awq.apply(unrounded, found, copy.deepcopy(made.watch))
@@ -294,6 +365,7 @@ CHECKS = {
     "awq_search_channel": lambda: search("Llama", "W4A16", "channel"),
     "awq_search_gemma": lambda: search("Gemma2", "W4A16_ASYM", 64),
     "awq_search_sampled": sampled,
+    "awq_probed": probed,
     "awq_unchanged_llama": lambda: unchanged("Llama"),
     "awq_unchanged_gemma": lambda: unchanged("Gemma2"),
     "sensitivity": sensitivities,

@@ -35,6 +35,7 @@ CHECKS = (
     "awq_search_channel",
     "awq_search_gemma",
     "awq_search_sampled",
+    "awq_probed",
     "awq_unchanged_llama",
     "awq_unchanged_gemma",
     "sensitivity",

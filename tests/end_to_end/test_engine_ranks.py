@@ -213,19 +213,25 @@ def test_gptq(method: str, pairs: Callable[[str], Pair]) -> None:
     assert one.parts["0"]["not_factorised"] == []
 
 
-def test_divergence(
-    pairs: Callable[[str], Pair], python: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    # Whatever flips, neither is the better one: KL from BF16 on held-out text.
-    folders = [str(job.folder / "out" / "model") for method in METHODS for job in pairs(method)]
-    command = [str(python), "-m", "tests.end_to_end.engine_kl", str(INSTRUCT), *folders]
+# One process whose sequences are in another order differs as much: 0.00263 to 0.00297 for awq+gptq,
+# where a last bit decides on a scale, the scale on every integer, and those on the next layer.
+KL_WITHIN = {"awq": 0.01, "gptq": 0.03, "awq+gptq": 0.2, "fp8": 0.0}
+
+
+def test_divergence(pairs: Callable[[str], Pair], python: Path) -> None:
+    # KL from BF16 on held-out text, of one rank's checkpoint and of two ranks'.
+    folders = {
+        method: [str(job.folder / "out" / "model") for job in pairs(method)] for method in METHODS
+    }
+    candidates = [folder for pair in folders.values() for folder in pair]
+    command = [str(python), "-m", "tests.end_to_end.engine_kl", str(INSTRUCT), *candidates]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), check=True, timeout=SECONDS, stdout=subprocess.PIPE
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    for one, two in zip(folders[::2], folders[1::2], strict=True):
-        print(one, found[one]["kl"], found[two]["kl"])
-        assert found[one]["kl"] == pytest.approx(found[two]["kl"], rel=0.01)
+    for method, (one, two) in folders.items():
+        print(method, found[one]["kl"], found[two]["kl"])
+        assert found[one]["kl"] == pytest.approx(found[two]["kl"], rel=KL_WITHIN[method], abs=0)
 
 
 def test_result_and_journal_are_rank_0s(pairs: Callable[[str], Pair]) -> None:
