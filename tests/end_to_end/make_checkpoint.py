@@ -41,6 +41,8 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    # A random model must not end its answers by chance: of all logits, special tokens' are 0.
+    model.get_input_embeddings().weight.data[: len(SPECIAL)] = 0
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(output, max_shard_size="600KB")
 
