@@ -118,8 +118,9 @@ class HiddenStates:
         with open(self.path, "rb", buffering=0) as file:
 
             def read(batch: Batch) -> torch.Tensor:
-                if self._held and batch.start in self._held:
-                    return self._held[batch.start]
+                held = self._held.get(batch.start) if self._held else None
+                if held is not None and len(held) == batch.count:
+                    return held
                 pinned = self.device.type == "cuda"  # so that the copy need not be waited for
                 shape = (batch.count, batch.length, self.hidden_size)
                 states = torch.empty(shape, dtype=DTYPE, pin_memory=pinned)

@@ -213,12 +213,14 @@ def _probe(layer: Layer, mappings: list[awq.Mapping], flow: Flow) -> Probe | Non
     parents = [parent_of(mapping.balance) for mapping in mappings if len(mapping.balance) > 1]
     if not parents:
         return None
+    # How large batches are depends on the number of ranks; what is probed must not.
     batch = flow.batches[0]
-    count = min(batch.count, -(-PROBE_TOKENS // batch.length))
+    alike = sum(other.count for other in flow.batches if other.length == batch.length)
+    count = min(alike, -(-PROBE_TOKENS // batch.length))
     with flow.before.reading() as read:
         states = read(Batch(batch.start, count, batch.length))
     keywords = flow.calls(count, batch.length)[layer.index]
-    return Probe(layer.module, states[:count], keywords, parents)
+    return Probe(layer.module, states, keywords, parents)
 
 
 def _smooth(
