@@ -314,7 +314,7 @@ def engine_table(kind: str, records: dict[str, list[Record]], found: Record) -> 
     baseline = first[0]["baseline_perplexity"]
     how = ""
     if kind != "shipped":
-        how = f", trained for {found['trained']['steps']} steps on bytes"
+        how = f", trained for {found['trained']['steps']} steps on the same documents"
     lines = [
         f"## {MODELS[kind]}{how}",
         "",

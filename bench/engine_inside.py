@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 SEED = 3
 WIDE = {
-    "vocab_size": 512,
+    "vocab_size": 2048,
     "hidden_size": 1024,
     "intermediate_size": 2816,
     "num_hidden_layers": 4,
@@ -33,8 +33,8 @@ WIDE = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 DEEP = WIDE | {
     "hidden_size": 512,
@@ -42,13 +42,12 @@ DEEP = WIDE | {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-STEPS, ROWS, LENGTH = 120, 8, 128
+STEPS, ROWS, LENGTH, RATE = 250, 8, 128, 6e-4
 SAMPLES, SAMPLE_TOKENS = 64, 512
-"""Calibration sequences of the wide models: of bytes, each full."""
+"""Calibration sequences of the wide models, each full."""
 DEEP_SAMPLES, DEEP_TOKENS = 16, 256
 TINY_SAMPLES, TINY_TOKENS = 128, 256
 """As in the shipped recipes; rows are shorter than that."""
-HELD_OUT_TOKENS = 24576
 
 
 def main() -> None:
@@ -93,13 +92,13 @@ def wide(folder: Path) -> None:
 
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(LlamaConfig(**WIDE))
-    ids = byte_sequences("train", STEPS * ROWS, LENGTH, SEED)
-    loss = engine_models.train(model, ids.view(STEPS, ROWS, LENGTH), 1e-3)
+    ids = engine_models.sequences("train", STEPS * ROWS, LENGTH, SEED)
+    loss = engine_models.train(model, ids.view(STEPS, ROWS, LENGTH), RATE)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(folder / "plain")
+    engine_models.save(model, folder / "plain")
     engine_models.put_outliers(model)
-    model.save_pretrained(folder / "outliers")
+    engine_models.save(model, folder / "outliers")
     (folder / "trained.json").write_text(json.dumps({"steps": STEPS, "loss": loss}))
 
 
@@ -107,34 +106,27 @@ def deep(folder: Path, layers: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(SEED)
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**(DEEP | {"num_hidden_layers": layers}))).save_pretrained(folder)
-
-
-def byte_sequences(split: str, count: int, length: int, seed: int) -> Any:
-    """Token ids (count, length): the bytes of documents, each after a token of its own."""
-    import torch
-
     from tests.end_to_end import engine_models
 
-    stream: list[int] = []
-    source = engine_models.texts(split, seed)
-    while len(stream) < count * length:
-        stream += [WIDE["bos_token_id"], *next(source).encode()]
-    return torch.tensor(stream[: count * length]).view(count, length)
+    torch.manual_seed(SEED)
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**(DEEP | {"num_hidden_layers": layers})))
+    engine_models.save(model, folder)
 
 
 def tokens(model: Path, file: Path, seed: int) -> None:
     """A calibrate stage's tokens.npz for that model."""
     import numpy as np
 
-    if (model / "tokenizer.json").exists():
-        rows = [row[:TINY_TOKENS] for row in Random(seed).sample(shipped_rows(model), TINY_SAMPLES)]
+    from tests.end_to_end import engine_models
+
+    width = json.loads((model / "config.json").read_text())["hidden_size"]
+    if width == WIDE["hidden_size"]:
+        rows = engine_models.sequences("calibration", SAMPLES, SAMPLE_TOKENS, seed).tolist()
+    elif width == DEEP["hidden_size"]:
+        rows = engine_models.sequences("calibration", DEEP_SAMPLES, DEEP_TOKENS, seed).tolist()
     else:
-        is_wide = json.loads((model / "config.json").read_text())["hidden_size"] == 1024
-        count, length = (SAMPLES, SAMPLE_TOKENS) if is_wide else (DEEP_SAMPLES, DEEP_TOKENS)
-        rows = byte_sequences("calibration", count, length, seed).tolist()
+        rows = [row[:TINY_TOKENS] for row in Random(seed).sample(shipped_rows(model), TINY_SAMPLES)]
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     np.savez(file, ids=np.concatenate(rows).astype(np.int32), offsets=offsets)
 
@@ -156,12 +148,10 @@ def shipped_rows(model: Path) -> list[list[int]]:
 
 
 def held_out(model: Path) -> Any:
-    """Token ids (sequences, tokens) that no model was trained or calibrated on."""
+    """The shipped held-out documents one after another: token ids (sequences, TINY_TOKENS)."""
     import torch
     from transformers import AutoTokenizer
 
-    if not (model / "tokenizer.json").exists():
-        return byte_sequences("held_out", HELD_OUT_TOKENS // SAMPLE_TOKENS, SAMPLE_TOKENS, SEED)
     tokenizer = AutoTokenizer.from_pretrained(model)
     lines = (ROOT / "eval/texts/valley.jsonl").read_text().splitlines()
     stream = [i for line in lines for i in tokenizer(json.loads(line)["text"])["input_ids"]]

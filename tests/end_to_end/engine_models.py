@@ -120,7 +120,7 @@ def save(model: transformers.PreTrainedModel, folder: Path) -> None:
     """Write a BF16 checkpoint with the base's tokenizer."""
     model.config.dtype = torch.bfloat16
     model.generation_config = transformers.GenerationConfig(
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=False
+        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
     )
     model.save_pretrained(folder, max_shard_size="3MB")
     for pattern in ("tokenizer*", "special_tokens_map.json"):

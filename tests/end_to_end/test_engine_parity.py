@@ -5,7 +5,7 @@ One process an architecture builds the model, runs both engines on every case an
 
 The margins are the engine's goals. They can be this narrow because the models are made for it (how
 far two runs of `oneshot` on the same sequences in another order are apart is in `engine_models.py`)
-and because divergences are averaged over calibration sets.
+and because divergences of GPTQ are averaged over calibration sets.
 """
 
 from __future__ import annotations
