@@ -1,4 +1,4 @@
-"""Makes a small random checkpoint unlike the shipped one, inside the llmcompressor environment.
+"""Makes a small, hardly trained checkpoint unlike the shipped one, in the llmcompressor environment.
 
 Qwen3 (query and key norms, tied embeddings), several shards, byte-level BPE, ChatML.
 Usage: make_checkpoint.py OUTPUT_FOLDER TEXT_FILE
@@ -40,11 +40,22 @@ def main() -> None:
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    # A random model must not end its answers by chance: of all logits, special tokens' are 0.
-    model.get_input_embeddings().weight.data[: len(SPECIAL)] = 0
+    model = Qwen3ForCausalLM(config)
+    train(model, torch.tensor(tokenizer(text.read_text())["input_ids"]))
+    model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(output, max_shard_size="600KB")
+
+
+def train(model: Qwen3ForCausalLM, ids: torch.Tensor) -> None:
+    """A few steps on the text: a random model's answers are empty by chance, in either format."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        starts = torch.randint(len(ids) - 64, (8,))
+        batch = torch.stack([ids[start : start + 64] for start in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 main()
