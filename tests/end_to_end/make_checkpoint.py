@@ -1,4 +1,4 @@
-"""Makes a small, hardly trained checkpoint unlike the shipped one, in the llmcompressor environment.
+"""Makes a small, hardly trained checkpoint unlike the shipped one, in llm-compressor's environment.
 
 Qwen3 (query and key norms, tied embeddings), several shards, byte-level BPE, ChatML.
 Usage: make_checkpoint.py OUTPUT_FOLDER TEXT_FILE
