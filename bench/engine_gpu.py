@@ -276,7 +276,7 @@ def row(
         for size in (measured.device_bytes, measured.allocated_bytes)
     )
     whole = f"{measured.whole(shape.whole):,.0f} s from {shape.layers} layers"
-    return f"{start} {seconds:.2f} | {speed} | {share} | {device} | {allocated} | {whole} |"
+    return f"{start} {seconds:.3g} | {speed} | {share} | {device} | {allocated} | {whole} |"
 
 
 def work(shape: Shape, tokens: int, length: int, taken: int) -> Work:

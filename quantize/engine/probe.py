@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class _Call:
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    output: torch.Tensor
 
 
 class Probe:
@@ -29,30 +21,37 @@ class Probe:
         parents: Iterable[str],
     ) -> None:
         self._layer = layer
-        self._calls: dict[str, _Call] = {}
+        self._arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._outputs: dict[str, torch.Tensor] = {}
         handles = []
         for name in set(parents):
             module = layer.get_submodule(name)
-            handles.append(module.register_forward_hook(self._record(name), with_kwargs=True))
+            called, returned = self._record(name)
+            # First of all hooks: that of a quantized KV cache puts itself among the arguments.
+            handles.append(module.register_forward_pre_hook(called, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(returned))
         try:
             layer(states, **keywords)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _record(self, name: str) -> Any:
-        def hook(
-            module: torch.nn.Module, arguments: tuple[Any, ...], keywords: Any, output: Any
-        ) -> None:
-            self._calls[name] = _Call(arguments, keywords, _first(output))
+    def _record(self, name: str) -> tuple[Any, Any]:
+        """Hooks for before and after a module's forward."""
 
-        return hook
+        def called(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: Any) -> None:
+            self._arguments[name] = (arguments, dict(keywords))
+
+        def returned(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+            self._outputs[name] = _first(output)
+
+        return called, returned
 
     def change(self, parent: str) -> float:
         """Sum over tokens of the squared distance of a module's output from what it was."""
-        call = self._calls[parent]
-        output = _first(self._layer.get_submodule(parent)(*call.arguments, **call.keywords))
-        return float((output.float() - call.output.float()).square().sum())
+        arguments, keywords = self._arguments[parent]
+        output = _first(self._layer.get_submodule(parent)(*arguments, **keywords))
+        return float((output.float() - self._outputs[parent].float()).square().sum())
 
 
 def _first(output: Any) -> torch.Tensor:
