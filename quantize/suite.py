@@ -22,7 +22,24 @@ class TaskRef(Block):
     num_fewshot: Annotated[int, Field(ge=0)] = Field(0, description="Worked examples before it.")
     limit: PositiveInt | None = Field(None, description="Documents at most, from the start.")
     apply_chat_template: bool = Field(True, description="Ask through the chat template.")
+    repeats: PositiveInt = Field(
+        1, description="Times a sampled generation task is asked, each with another seed; averaged."
+    )
+    temperature: Annotated[float, Field(gt=0, le=2)] | None = Field(
+        None, description="Sample at this temperature; the task's own decoding if absent."
+    )
+    cluster: str | None = Field(
+        None,
+        description="A field of the task's documents (a passage, a subject): documents that share "
+        "it are not independent, and the standard error says so. Subtasks are clusters anyway.",
+    )
     higher_is_better: bool = Field(True, description="Whether a larger score is a better one.")
+
+    @model_validator(mode="after")
+    def _repeats_sample(self) -> TaskRef:
+        if self.repeats > 1 and self.temperature is None:
+            raise ValueError("repeats without temperature: the same answer would come every time")
+        return self
 
 
 class PerplexityText(Block):
@@ -45,10 +62,38 @@ class PerplexityText(Block):
     window: Annotated[int, Field(gt=1)] = Field(
         512, description="Tokens per window, BOS included; the first is context only."
     )
+    stride: PositiveInt | None = Field(
+        None,
+        description="Tokens between two windows' starts; window (no overlap) if absent. With "
+        "less, a token is scored where it has the most context.",
+    )
     windows: PositiveInt | None = Field(None, description="Windows at most, from the start.")
     top_k: Annotated[int, Field(ge=1, le=1000)] = Field(
         20, description="Log-probabilities kept per position, for KL divergence."
     )
+
+    @model_validator(mode="after")
+    def _windows_reach_each_other(self) -> PerplexityText:
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(
+                f"stride {self.stride} is longer than window {self.window}; tokens between would be left out"
+            )
+        return self
+
+
+class Health(Block):
+    """Longer generations whose form is looked at, not their content."""
+
+    prompts: str = Field(min_length=1, description="A .jsonl file, relative to the suite file.")
+    max_tokens: PositiveInt = Field(256, description="Tokens generated at most.")
+
+
+class Quick(Block):
+    """The stated subset that `quick` measures."""
+
+    windows: PositiveInt = Field(32, description="Windows of held-out text at most, of each text.")
+    documents: PositiveInt = Field(100, description="Documents of each task at most.")
+    health_prompts: PositiveInt = Field(16, description="Prompts for generation health at most.")
 
 
 class Load(Block):
@@ -74,6 +119,8 @@ class Suite(Block):
     tasks_folder: str | None = Field(
         None, description="Folder of own tasks (relative to the suite file); Hub tasks need none."
     )
+    health: Health | None = Field(None, description="Generation health; not measured if absent.")
+    quick: Quick = Field(default_factory=Quick, description="What `--quick` measures of this.")
     load: Load = Field(default_factory=Load, description="The load that latency is read under.")
 
     @model_validator(mode="after")
