@@ -79,6 +79,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 @click.option("--only", metavar="STAGE", help="Run this stage alone.")
 @click.option("--from", "first", metavar="STAGE", help="Start at this stage.")
 @click.option("--until", "last", metavar="STAGE", help="Stop after this stage.")
+@click.option("--quick", is_flag=True, help="Measure the suite's quick subset, in minutes.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @JSON
 def run(
@@ -88,6 +89,7 @@ def run(
     only: str | None,
     first: str | None,
     last: str | None,
+    quick: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -97,6 +99,8 @@ def run(
     """
     from quantize.session import Session
 
+    if quick:
+        overrides = (*overrides, "evaluate.quick=true")
     with handle_signals():
         session = Session.open(recipe, overrides, store_folder, online=not dry_run)
         if dry_run:

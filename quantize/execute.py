@@ -127,13 +127,13 @@ def find(entry: StageEntry, resolved: Resolved, store: Store) -> tuple[Artifact 
     if damage := store.damage(artifact):
         more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
         return None, f"damaged in the store: {damage[0]}{more}"
-    if why := stale(entry.kind, resolved, artifact):
+    if why := stale(entry, resolved, artifact):
         return None, why
     return artifact, ""
 
 
 def gate(artifacts: Mapping[str, Artifact]) -> None:
-    """Raise a GateError when a margin of the recipe is not kept."""
+    """Raise a GateError when the comparison does not pass the recipe's gate."""
     from quantize.stages.compare import failed_gates
 
     if "compare" not in artifacts:
@@ -141,9 +141,10 @@ def gate(artifacts: Mapping[str, Artifact]) -> None:
     failed = failed_gates(artifacts["compare"].json("record.json"))
     if failed:
         raise GateError(
-            "the candidate is worse than the recipe allows; nothing was published:\n  "
+            "the candidate does not pass the recipe's gate; nothing was published:\n  "
             + "\n  ".join(failed),
-            "look at the card, choose another method or scheme, or change evaluate.margins",
+            "look at the card and at `quantize report`; then another method or scheme, a larger "
+            "suite where it is inconclusive, or other evaluate.margins and evaluate.gate",
         )
 
 

@@ -275,16 +275,12 @@ def _evaluate(facts: Facts, method: str) -> str:
         suite, why = "standard", "needs the Hub for its tasks' data; `smoke` needs none"
     else:
         suite, why = "base", "for models without a chat template; needs the Hub"
-    if method in ("fp8", "int8"):
-        ratio, drop = 1.02, 0.02
-    elif parameters >= 30e9:
-        ratio, drop = 1.05, 0.03
-    else:
-        ratio, drop = 1.08, 0.05
+    bits, left, ratio = (8, 99, 1.01) if method in ("fp8", "int8") else (4, 97, 1.05)
     return (
         f"evaluate:\n  suite: {suite} # {why}\n"
-        f"  margins: # the run fails beyond these\n    perplexity_ratio: {ratio}\n"
-        f"    task_drop: {drop}\n"
+        f"  # The run fails unless it shows that {left}% of the tasks' scores are left and\n"
+        f"  # perplexity is within {ratio}x: the default margins with {bits}-bit weights. To set others:\n"
+        f"  # margins: {{perplexity_ratio: 1.08, recovery: 0.95}}\n"
     )
 
 

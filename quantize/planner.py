@@ -8,6 +8,7 @@ from typing import cast
 
 from quantize.keys import difference, digest
 from quantize.plan import Plan, StageEntry
+from quantize.resolve import measures_base
 from quantize.stages import audit, calibrate, card, compare, compress, fetch, measure, publish
 from quantize.stages.base import Resolved, Stage
 from quantize.store import Artifact, Manifest, Store
@@ -25,6 +26,15 @@ STAGES: dict[str, Stage] = {
         ("publish", publish),
     )
 }
+
+
+ROLES = {
+    "measure-baseline": "baseline",
+    "measure-candidate": "candidate",
+    "measure-repeat": "repeat",
+    "measure-base": "base",
+}
+"""What the comparison calls each measurement."""
 
 
 def plan(resolved: Resolved, lock_digest: Callable[[str], str]) -> Plan:
@@ -61,15 +71,15 @@ def with_stale(plan: Plan, store: Store, resolved: Resolved) -> Plan:
         if artifact is not None and hasattr(STAGES[entry.kind], "stale"):
             damage = store.damage(artifact)  # a hook reads files that must be there
             found = f"damaged in the store: {damage[0]}" if damage else None
-            why = found or stale(entry.kind, resolved, artifact)
+            why = found or stale(entry, resolved, artifact)
         stages.append(replace(entry, status="changed", reason=why) if why else entry)
     return replace(plan, stages=tuple(stages))
 
 
-def stale(kind: str, resolved: Resolved, artifact: Artifact) -> str | None:
+def stale(entry: StageEntry, resolved: Resolved, artifact: Artifact) -> str | None:
     """Why a finished artifact must be made again although its key is the same; see `Stage`."""
-    hook = getattr(STAGES[kind], "stale", None)
-    return hook(resolved, artifact) if hook is not None else None
+    hook = getattr(STAGES[entry.kind], "stale", None)
+    return hook(resolved, entry.id, artifact) if hook is not None else None
 
 
 def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
@@ -87,16 +97,35 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     made = made | {"audit": "audit"}
     measured: dict[str, str] = {}
     if resolved.suite is not None:
-        graph.append(("measure-baseline", "measure", fetched | {"model": "fetch"}))
-        graph.append(("measure-candidate", "measure", fetched | {"model": "compress"}))
-        measured = {"baseline": "measure-baseline", "candidate": "measure-candidate"}
-        graph.append(("compare", "compare", made | measured))
-        measured = measured | {"compare": "compare"}
+        graph += _measurements(resolved)
+        measured = {ROLES[name]: name for name, kind, _ in graph if kind == "measure"}
+        graph.append(("compare", "compare", made | calibrated | measured))
+        sides = ("baseline", "candidate")
+        measured = {role: measured[role] for role in sides} | {"compare": "compare"}
     graph.append(("card", "card", made | calibrated | measured))
     if recipe.publish.folder is not None or recipe.publish.hub is not None:
         # It reads no comparison, but nothing is published whose gates cannot be asked.
         gates = {"compare": "compare"} if measured else {}
         graph.append(("publish", "publish", {"compress": "compress", "card": "card"} | gates))
+    return graph
+
+
+def _measurements(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
+    """Baseline and candidate; the baseline again for its noise; the base for retention."""
+    evaluate = resolved.recipe.evaluate
+    assert evaluate is not None, "a suite comes from an evaluate block"
+    served = {"fetch": "fetch", "model": "fetch"}
+    graph = [
+        ("measure-baseline", "measure", served),
+        ("measure-candidate", "measure", served | {"model": "compress"}),
+    ]
+    if measure.unservable(resolved):
+        return graph  # there is nothing to hold them against
+    if evaluate.noise and not evaluate.quick:
+        graph.append(("measure-repeat", "measure", served))
+    if measures_base(resolved.recipe, resolved.suite):
+        graph.append((fetch.BASE, "fetch", {}))
+        graph.append(("measure-base", "measure", served | {"model": fetch.BASE}))
     return graph
 
 

@@ -114,14 +114,17 @@ class Model(Block):
     base: str | None = Field(
         None, description="The model that was fine-tuned; cards name it, retention is against it."
     )
+    base_revision: str | None = Field(None, description="Hub only: the base's commit hash.")
     license: str | None = Field(
         None, description="SPDX-like Hub licence id, where the source's card does not say it."
     )
 
     @model_validator(mode="after")
-    def _adapter_revision_has_adapter(self) -> Model:
+    def _revisions_have_their_models(self) -> Model:
         if self.adapter_revision is not None and self.adapter is None:
             raise ValueError("adapter_revision without adapter: name the adapter or remove it")
+        if self.base_revision is not None and self.base is None:
+            raise ValueError("base_revision without base: name the base or remove it")
         return self
 
 
@@ -254,11 +257,14 @@ def _filled_in(
     return (group_size or DEFAULT_GROUP_SIZE) if scheme in GROUPED else None
 
 
+Unlimited = Literal["none"]
+
+
 class TaskMargin(Block):
     """How much worse one task's score may be: one of the two."""
 
-    recovery: Fraction | None = Field(
-        None, description="Lowest share of the baseline's score that must be left, e.g. 0.97."
+    recovery: Fraction | Unlimited | None = Field(
+        None, description="Lowest share of the baseline's score that must be left, or none."
     )
     drop: Fraction | None = Field(
         None, description="Largest drop of the score, in the metric's own unit, e.g. 0.02."
@@ -269,9 +275,6 @@ class TaskMargin(Block):
         if (self.recovery is None) == (self.drop is None):
             raise ValueError("give either recovery or drop")
         return self
-
-
-Unlimited = Literal["none"]
 
 
 class Margins(Block):
@@ -294,8 +297,8 @@ class Margins(Block):
     task_drop: Fraction | None = Field(
         None, description="Instead of recovery: largest drop of a task's score, absolute."
     )
-    tasks: dict[str, TaskMargin | Unlimited] = Field(
-        default_factory=dict, description="Margins of single tasks, by name; none for no margin."
+    tasks: dict[str, TaskMargin] = Field(
+        default_factory=dict, description="Margins of single tasks, by name."
     )
 
     @model_validator(mode="after")

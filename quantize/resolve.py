@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from quantize.errors import SourceError
+from quantize.errors import SourceError, UsageError
 from quantize.hash_cache import HashCache
 from quantize.keys import digest
 from quantize.model_files import any_match, checkpoint_files
-from quantize.recipe import Recipe
+from quantize.recipe import Evaluate, Model, Recipe
 from quantize.recipe_file import load_prompts, load_suite
 from quantize.resources import find_checkpoint, find_data, find_path, find_prompts, find_suite
 from quantize.stages.base import Resolved
@@ -43,9 +43,10 @@ def resolve(
 ) -> Resolved:
     """Digests and local paths of everything that `recipe` names.
 
-    `digests` holds `model`, and where the recipe has such a part `adapter`, `calibration`, `suite`,
-    `text`, `prompts` and `tasks`. A checkpoint folder with more than `hash_limit_bytes` that
-    `cache_path` does not know is left absent. `on_hashed` is told (bytes done, bytes in all).
+    `digests` holds `model`, and where the recipe has such a part `adapter`, `base` (if it is
+    measured), `calibration`, `suite`, `text`, `own_text`, `prompts`, `tasks` and `health`. A
+    checkpoint folder with more than `hash_limit_bytes` that `cache_path` does not know is left
+    absent. `on_hashed` is told (bytes done, bytes in all).
 
     Raises SourceError for a local input that is missing or unreadable, RecipeError for a mistake in
     the suite or its prompts, and what :mod:`quantize.hub` raises when `online`.
@@ -58,7 +59,16 @@ def resolve(
         calibration = recipe.calibration
         path = find_data(calibration.source, folder, "calibration.source")
         inputs.data("calibration", path, calibration.source, calibration.revision)
-    suite = _resolve_suite(recipe, folder, inputs) if recipe.evaluate is not None else None
+    suite = None
+    if recipe.evaluate is not None:
+        suite = _resolve_suite(recipe, folder, inputs)
+        _check_task_names(recipe.evaluate, suite)
+        if recipe.evaluate.text is not None:
+            text = recipe.evaluate.text
+            path = find_data(text.text, folder, "evaluate.text")
+            inputs.data("own_text", path, text.text, text.revision)
+        if measures_base(recipe, suite):
+            _resolve_base(recipe.model, folder, inputs)
     cache.save()
     return Resolved(recipe, folder, accelerator, inputs.digests, inputs.paths, suite)
 
@@ -80,6 +90,35 @@ def _resolve_model(recipe: Recipe, folder: Path, inputs: _Inputs) -> None:
         inputs.checkpoint("adapter", path, own)
 
 
+def measures_base(recipe: Recipe, suite: Suite | None) -> bool:
+    """Whether the model that was fine-tuned is measured too, for retention."""
+    evaluate = recipe.evaluate
+    wanted = evaluate is not None and evaluate.retention and recipe.model.base is not None
+    return wanted and suite is not None and bool(suite.tasks)
+
+
+def _resolve_base(model: Model, folder: Path, inputs: _Inputs) -> None:
+    assert model.base is not None
+    path = find_checkpoint(model.base, folder, "model.base")
+    if path is None:
+        inputs.hub("base", model.base, model.base_revision, "model")
+    else:
+        inputs.checkpoint("base", path, checkpoint_files(path))
+
+
+def _check_task_names(evaluate: Evaluate, suite: Suite) -> None:
+    """Margins and gate may name the suite's tasks alone."""
+    known = [task.name for task in suite.tasks]
+    named = [("margins.tasks", name) for name in evaluate.margins.tasks]
+    named += [("gate.tasks", name) for name in evaluate.gate.tasks or ()]
+    for key, name in named:
+        if name not in known:
+            raise UsageError(
+                f"evaluate.{key} names {name!r}, and suite {suite.name} has no such task",
+                f"its tasks: {', '.join(known) or 'none'}",
+            )
+
+
 def _resolve_suite(recipe: Recipe, folder: Path, inputs: _Inputs) -> Suite:
     assert recipe.evaluate is not None
     suite_path = find_suite(recipe.evaluate.suite, folder)
@@ -92,6 +131,14 @@ def _resolve_suite(recipe: Recipe, folder: Path, inputs: _Inputs) -> Suite:
         text = suite.perplexity
         path = find_data(text.text, suite_folder, f"perplexity.text of suite {suite.name}")
         inputs.data("text", path, text.text, text.revision)
+    if suite.health is not None:
+        path = find_data(suite.health.prompts, suite_folder, f"health of suite {suite.name}")
+        if path is None:
+            raise SourceError(
+                f"suite {suite.name}: there is no file of prompts {suite.health.prompts!r}",
+                f"correct health.prompts in {suite_path}",
+            )
+        inputs.data("health", path, suite.health.prompts, None)
     if suite.tasks_folder is not None:
         tasks = find_path(suite.tasks_folder, suite_folder)
         if tasks is None or not tasks.is_dir():
@@ -164,7 +211,7 @@ class _Inputs:
         if not files:
             raise SourceError(
                 f"{folder} holds no {'adapter' if name == 'adapter' else 'checkpoint'} files",
-                f"correct model.{'adapter' if name == 'adapter' else 'source'}",
+                f"correct model.{'source' if name == 'model' else name}",
             )
         limit = self.hash_limit_bytes
         if limit is None or self.cache.unknown_bytes(folder / file for file in files) <= limit:

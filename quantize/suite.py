@@ -76,7 +76,8 @@ class PerplexityText(Block):
     def _windows_reach_each_other(self) -> PerplexityText:
         if self.stride is not None and self.stride > self.window:
             raise ValueError(
-                f"stride {self.stride} is longer than window {self.window}; tokens between would be left out"
+                f"stride {self.stride} is longer than window {self.window}: the tokens between "
+                "two windows would be left out"
             )
         return self
 

@@ -16,10 +16,14 @@ from quantize.report.results import (
     HUB_ID,
     Record,
     method_text,
+    model_verdict,
+    noise_text,
     quality_rows,
+    retention_rows,
     serving_rows,
     size_rows,
     smoke_row,
+    verdict_rows,
 )
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -44,7 +48,10 @@ def render_card(record: Record) -> str:
         serving_rows=serving_rows(record),
         smoke=smoke_row(record),
         answers=_answers(record),
-        gates=_gates(record),
+        verdict_rows=verdict_rows(record["compare"]) if "compare" in record else [],
+        verdict=model_verdict(record["compare"]) if "compare" in record else None,
+        retention_rows=retention_rows(record["compare"]) if "compare" in record else [],
+        noise=noise_text(record["compare"]) if "compare" in record else "",
         serve_command=serve_command(record),
         transformers_code=transformers_code(record),
         recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
@@ -139,19 +146,6 @@ def _answers(record: Record) -> list[dict[str, str]]:
             row = {"prompt": smoke["prompt"], "before": smoke["answer"], "after": answer}
             shown.setdefault(smoke["prompt"], row)
     return list(shown.values())[:ANSWERS]
-
-
-def _gates(record: Record) -> list[dict[str, Any]]:
-    gates = record["compare"]["gates"] if "compare" in record else []
-    return [
-        {
-            "name": gate["name"],
-            "value": Safe(f"{gate['value']:.6g}"),
-            "limit": Safe(f"{gate['limit']:.6g}"),
-            "passed": gate["passed"],
-        }
-        for gate in gates
-    ]
 
 
 def _calibration(record: Record) -> list[tuple[str, str]]:

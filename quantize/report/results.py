@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.records import CompareRecord, MeasureRecord, PerplexityDelta, TaskDelta
+from quantize.records import (
+    CompareRecord,
+    Divergence,
+    MeasureRecord,
+    PerplexityDelta,
+    Retention,
+    TaskDelta,
+    Verdict,
+)
 
 Record = Mapping[str, Any]
 """`record.json` of a card artifact, see :mod:`quantize.stages.card`."""
@@ -42,32 +50,148 @@ def size_rows(record: Record) -> list[Row]:
 
 
 def quality_rows(compare: CompareRecord) -> list[Row]:
-    """Perplexity, KL divergence, top-1 agreement and every task."""
+    """Perplexity, KL divergence and top-1 agreement of each text, and every task."""
     rows = []
     if "perplexity" in compare:
-        rows.append(_perplexity_row(compare["perplexity"]))
+        rows.append(_perplexity_row("Perplexity", compare["perplexity"]))
     if "divergence" in compare:
-        kl = compare["divergence"]
-        tokens = f"{kl['tokens']:,} tokens"
-        population = f"{tokens}, top {kl['top_k']}"
-        agreement = f"{100 * kl['top1_agreement']:.2f}%"
-        rows += [
-            Row("KL divergence, mean (nats)", "", nats(kl["mean"]), population=population),
-            Row("KL divergence, p99 (nats)", "", nats(kl["p99"]), population=population),
-            Row("Top-1 agreement", "", agreement, population=tokens),
-        ]
+        rows += _divergence_rows("", compare["divergence"])
+    if "own_perplexity" in compare:
+        rows.append(_perplexity_row("Perplexity, own text", compare["own_perplexity"]))
+    if "own_divergence" in compare:
+        rows += _divergence_rows(", own text", compare["own_divergence"])
     return rows + [_task_row(task) for task in compare["tasks"]]
 
 
-def _perplexity_row(delta: PerplexityDelta) -> Row:
+def _divergence_rows(text: str, kl: Divergence) -> list[Row]:
+    tokens = f"{kl['tokens']:,} tokens"
+    population = f"{tokens}, top {kl['top_k']}"
+    mean = Row(
+        f"KL divergence, mean (nats){text}",
+        "",
+        nats(kl["mean"]),
+        interval=f"{nats(kl['mean_low'])} to {nats(kl['mean_high'])}",
+        population=population,
+    )
+    agreement = f"{100 * kl['top1_agreement']:.2f}%"
+    return [
+        mean,
+        Row(f"KL divergence, p99 (nats){text}", "", nats(kl["p99"]), population=population),
+        Row(f"Top-1 agreement{text}", "", agreement, population=tokens),
+    ]
+
+
+def _perplexity_row(label: str, delta: PerplexityDelta) -> Row:
     return Row(
-        "Perplexity",
+        label,
         f"{delta['baseline']:.4f}",
         f"{delta['candidate']:.4f}",
         f"×{delta['ratio']:.4f}",
         f"{delta['ratio_low']:.4f} to {delta['ratio_high']:.4f}",
         population=f"{delta['scored_tokens']:,} tokens, {delta['documents']:,} documents",
     )
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """One interval held against its margin."""
+
+    label: str
+    worse: str
+    interval: str  # 95%
+    margin: str
+    rule: str
+    verdict: str
+    remark: str
+
+
+LABELS = {
+    "perplexity": "Perplexity",
+    "own_perplexity": "Perplexity, own text",
+    "tasks": "Tasks, average",
+}
+
+
+def verdict_rows(compare: CompareRecord) -> list[VerdictRow]:
+    """Every verdict but the model's; figures are how much worse, so negative is better."""
+    return [_verdict_row(verdict) for verdict in compare["verdicts"] if verdict["name"] != "model"]
+
+
+def _verdict_row(verdict: Verdict) -> VerdictRow:
+    name = verdict["name"]
+    remarks = [] if verdict["counts"] else ["does not count for the gate"]
+    if "more_documents" in verdict:
+        remarks.append(f"needs about {verdict['more_documents']:,} more documents")
+    if "reason" in verdict:
+        remarks.append(verdict["reason"])
+    known = "worse" in verdict
+    return VerdictRow(
+        label=LABELS.get(name, name.removeprefix("task:")),
+        worse=f"{verdict['worse']:+.4f}" if known else "",
+        interval=f"{verdict['low']:+.4f} to {verdict['high']:+.4f}" if "low" in verdict else "",
+        margin=f"{verdict['margin']:.4f}" if "margin" in verdict else "",
+        rule=verdict["rule"],
+        verdict=verdict["verdict"],
+        remark="; ".join(remarks),
+    )
+
+
+def model_verdict(compare: CompareRecord) -> Verdict | None:
+    """The verdict on the model; None where nothing had a margin."""
+    return next((v for v in compare["verdicts"] if v["name"] == "model"), None)
+
+
+@dataclass(frozen=True)
+class RetentionRow:
+    """How much of what the fine-tune gained on one task is left."""
+
+    label: str
+    base: str
+    fine_tuned: str
+    candidate: str
+    retained: str
+    interval: str  # 95%
+    remark: str
+
+
+def retention_rows(compare: CompareRecord) -> list[RetentionRow]:
+    """One row a task, where the base was measured."""
+    return [_retention_row(retention) for retention in compare["retention"]]
+
+
+def _retention_row(retention: Retention) -> RetentionRow:
+    retained, interval = "", ""
+    if "retained" in retention:
+        retained = f"{100 * retention['retained']:.1f}%"
+    if "retained_low" in retention and "retained_high" in retention:
+        ends = (retention["retained_low"], retention["retained_high"])
+        interval = " to ".join(f"{100 * end:.1f}%" for end in ends)
+    return RetentionRow(
+        label=f"{retention['name']}, {retention['metric']}",
+        base=f"{retention['base']:.4f}",
+        fine_tuned=f"{retention['fine_tuned']:.4f}",
+        candidate=f"{retention['candidate']:.4f}",
+        retained=retained,
+        interval=interval,
+        remark=retention.get("reason", ""),
+    )
+
+
+def noise_text(compare: CompareRecord) -> str:
+    """What the baseline measured twice showed, in a sentence; empty where it was not."""
+    if "noise" not in compare:
+        return ""
+    noise = compare["noise"]
+    parts = []
+    if "perplexity_ratio" in noise:
+        parts.append(f"perplexity ×{noise['perplexity_ratio']:.6f}")
+    if "kl_mean" in noise:
+        parts.append(f"KL divergence {nats(noise['kl_mean'])} nats")
+    parts += [
+        f"{task['name']} {task['difference']:+.4f} ({task['flips']} of {task['documents']} flipped)"
+        for task in noise["tasks"]
+    ]
+    return ", ".join(parts)
 
 
 def _task_row(task: TaskDelta) -> Row:

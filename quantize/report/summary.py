@@ -14,17 +14,23 @@ from quantize.report.results import (
     Record,
     Row,
     method_text,
+    model_verdict,
+    noise_text,
     quality_rows,
+    retention_rows,
     serving_rows,
     size_rows,
     smoke_counts,
     smoke_row,
+    verdict_rows,
 )
 
 
 def summary_table(record: Record) -> RenderableType:
     """What a card record says; fits 80 columns. Nothing from outside is read as rich's markup."""
     parts: list[RenderableType] = [Text(), _numbers(record)]
+    if "compare" in record:
+        parts += [*_retention(record), *_verdicts(record)]
     remarks = _remarks(record)
     if remarks:
         parts += [Text(), *remarks]
@@ -59,23 +65,74 @@ def _cells(row: Row) -> list[Text]:
     ]
 
 
+STYLES = {
+    "non-inferior": "bold green",
+    "inferior": "bold red",
+    "not comparable": "bold red",
+    "inconclusive": "bold yellow",
+}
+
+
+def _retention(record: Record) -> list[RenderableType]:
+    rows = retention_rows(record["compare"])
+    if not rows:
+        return []
+    table = Table(title=Text("What is left of the fine-tune's gain"), title_justify="left")
+    table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
+    table.add_column("")
+    for name in ("base", "fine-tune", "this model", "left", "95% interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        label = Text(row.label)
+        if row.remark:
+            label.append(f"\n  {row.remark}", style="dim")
+        cells = (row.base, row.fine_tuned, row.candidate, row.retained, row.interval)
+        table.add_row(label, *(Text(cell) for cell in cells))
+    return [table]
+
+
+def _verdicts(record: Record) -> list[RenderableType]:
+    """The verdicts with what they come from; the model's in words below."""
+    compare = record["compare"]
+    model = model_verdict(compare)
+    if model is None:
+        return []
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("verdicts")
+    for name in ("worse by", "95% interval", "allowed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in verdict_rows(compare):
+        label = Text(row.label)
+        if row.remark:
+            label.append(f"\n  {row.remark}", style="dim")
+        verdict = Text(row.verdict, style=STYLES[row.verdict])
+        table.add_row(label, *map(Text, (row.worse, row.interval, row.margin)), verdict)
+    said = Text("this model is ")
+    said.append(model["verdict"], style=STYLES[model["verdict"]])
+    said.append(f": {model['rule']}" + (f" ({model['reason']})" if "reason" in model else ""))
+    return [table, said]
+
+
 def _remarks(record: Record) -> list[RenderableType]:
     """Failed margins and checks, and what was not measured; nothing when all is well."""
     if "compare" not in record:
         return [Text("quality was not measured: the recipe asks for no evaluation", style="yellow")]
     compare = record["compare"]
     remarks: list[RenderableType] = [
-        Text(
-            f"margin not kept: {gate['name']} is {gate['value']:.6g}, the limit is "
-            f"{gate['limit']:.6g}",
-            style="bold red",
-        )
+        Text(f"gate {gate['name']}: {gate['says']}", style="bold red")
         for gate in compare["gates"]
         if not gate["passed"]
     ]
     remarks += [
         Text(f"smoke check failed: {name}", style="red") for name in compare["smoke_failed"]
     ]
+    remarks += [Text(f"look at this: {alarm}", style="yellow") for alarm in compare["alarms"]]
+    if "lint" in compare:
+        findings = compare["lint"]["findings"]
+        remarks += [Text(f"calibration data: {f['message']}", style="yellow") for f in findings]
+    if noise := noise_text(compare):
+        remarks.append(Text(f"the baseline measured twice differs by: {noise}", style="dim"))
     remarks += [
         Text(f"not measured: {missing['what']}: {missing['why']}", style="yellow")
         for missing in compare["not_measured"]
@@ -106,7 +163,24 @@ def summary_json(record: Record, places: Mapping[str, str]) -> dict[str, Any]:
     }
     if "compare" not in record:
         return found
-    names = ("perplexity", "divergence", "tasks", "gates", "smoke_failed", "not_measured")
+    names = (
+        "quick",
+        "perplexity",
+        "divergence",
+        "own_perplexity",
+        "own_divergence",
+        "tasks",
+        "aggregate",
+        "retention",
+        "noise",
+        "lint",
+        "health",
+        "verdicts",
+        "gates",
+        "alarms",
+        "smoke_failed",
+        "not_measured",
+    )
     found |= {name: record["compare"][name] for name in names if name in record["compare"]}
     sides = {side: record[side] for side in ("baseline", "candidate")}
     found["serving"] = {name: side["serving"] for name, side in sides.items() if "serving" in side}

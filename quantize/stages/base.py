@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Resolved:
     """The recipe with everything outside it that its result depends on, read once, up front.
 
-    `digests` maps a name (`model`, `adapter`, `calibration`, `suite`, `text`, `tasks`, `prompts`)
+    `digests` maps a name (`model`, `adapter`, `base`, `calibration`, `suite`, `text`, ...;
+    see :func:`quantize.resolve.resolve`)
     to what identifies that input: sha256 of content for files, the commit for the Hub. A name that
     is absent cannot be known yet; the stages that need it are `pending` in the plan.
     """
@@ -62,8 +63,9 @@ class StageContext:
 class Stage(Protocol):
     """A module of this package: these four names at its top level.
 
-    A module may also offer `stale(resolved, artifact) -> str | None`: why a finished artifact must
-    be made again although its key is the same (a published folder that somebody changed).
+    A module may also offer `stale(resolved, entry_id, artifact) -> str | None`: why a finished
+    artifact must be made again although its key is the same (a published folder that somebody
+    changed).
     """
 
     VERSION: int  # raised whenever the same inputs give another result

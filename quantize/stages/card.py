@@ -2,7 +2,7 @@
 
 Writes `record.json`::
 
-    {"schema": "quantize.card/1", "quantize": version of this program,
+    {"schema": "quantize.card/2", "quantize": version of this program,
      "recipe": the recipe with its defaults, without `publish` and `environments`,
      "target": "owner/name" if the recipe publishes to the Hub,
      "source_name", "adapter_name"?, "fine_tuned_from"?, "base_models": [Hub ids],
@@ -11,6 +11,7 @@ Writes `record.json`::
      "calibration"?: calibrate.json + "data_digest" and "tokens_sha256",
      "compress": compress.json, "audit": audit.json,
      "baseline"?, "candidate"?, "compare"?: their record.json,
+     "artifacts": {role: key of the artifact in the store that it was made from},
      "versions": {role: versions of the tools}}
 
 and `README.md`, which is a function of that record alone.
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from quantize.recipe import Recipe
     from quantize.stages.base import Resolved, StageContext
 
-VERSION = 1
+VERSION = 2
 
-SCHEMA = "quantize.card/1"
+SCHEMA = "quantize.card/2"
 MEASURED = ("baseline", "candidate", "compare")
 
 
@@ -87,6 +88,7 @@ def build_record(context: StageContext) -> dict[str, Any]:
         "size": _size(context, source),
         "compress": inputs["compress"].json("compress.json"),
         "audit": inputs["audit"].json("audit.json"),
+        "artifacts": {role: item.manifest.key for role, item in inputs.items()},
         "versions": {role: dict(item.manifest.versions) for role, item in inputs.items()},
     }
     record["source"]["license"] = recipe.model.license or source["license"]

@@ -1,5 +1,7 @@
 """Fetch: the checkpoint that everything else starts from, pinned and hashed.
 
+As stage `fetch-base` the model that was fine-tuned, for retention: as it is, without an adapter.
+
 A local folder is referenced in place, a Hub repository is downloaded into `model/`, and a base
 with a LoRA adapter is merged in BF16 into `model/`. Writes `source.json`::
 
@@ -21,7 +23,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import Checkpoint, card_metadata, chat_template, read_checkpoint
+from quantize.checkpoint import (
+    Checkpoint,
+    card_metadata,
+    chat_template,
+    examine,
+    read_checkpoint,
+)
 from quantize.errors import ResourceError, SourceError
 from quantize.findings import raise_findings
 from quantize.keys import digest, file_sha256, tree_sha256
@@ -39,6 +47,8 @@ from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, FileEntry
 
 VERSION = 1
+BASE = "fetch-base"
+"""Id of the stage that brings `model.base`."""
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -51,11 +61,14 @@ TAKEN_FROM_ADAPTER = (*TOKENIZER_FILES, "generation_config.json")
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
     """Merging needs peft, which comes with llm-compressor."""
-    return ("llmcompressor",) if resolved.recipe.model.adapter is not None else ()
+    merges = entry_id != BASE and resolved.recipe.model.adapter is not None
+    return ("llmcompressor",) if merges else ()
 
 
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     """The contents of the checkpoint, and of the adapter with the tokenizer it brings."""
+    if entry_id == BASE:
+        return {"base": resolved.digests["base"]}
     inputs: dict[str, Any] = {"model": resolved.digests["model"]}
     if resolved.recipe.model.adapter is not None:
         inputs["adapter"] = resolved.digests["adapter"]
@@ -66,10 +79,10 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     return inputs
 
 
-def stale(resolved: Resolved, artifact: Artifact) -> str | None:
+def stale(resolved: Resolved, entry_id: str, artifact: Artifact) -> str | None:
     """The same contents in another folder have the same key, but are read from that folder."""
     source = artifact.json("source.json")
-    path = resolved.paths.get("model")
+    path = resolved.paths.get(_input_name(entry_id))
     if source["kind"] != "folder" or path is None or source["folder"] == str(path.absolute()):
         return None
     return f"the checkpoint is now in {path}"
@@ -77,19 +90,20 @@ def stale(resolved: Resolved, artifact: Artifact) -> str | None:
 
 def run(context: StageContext) -> None:
     """Bring the checkpoint here, check it for this recipe, write `source.json`."""
-    model = context.recipe.model
+    name = _input_name(context.entry.id)
+    is_base = name == "base"
     source: dict[str, Any] = {}
-    if "model" in context.resolved.paths:
-        folder = context.resolved.paths["model"].absolute()
+    if name in context.resolved.paths:
+        folder = context.resolved.paths[name].absolute()
         source = {"kind": "folder", "folder": str(folder)}
     else:
-        folder = _download(context, "model", context.work / "model", CHECKPOINT_FILES)
-        repo, _, commit = context.resolved.digests["model"].rpartition("@")
+        folder = _download(context, name, context.work / "model", CHECKPOINT_FILES)
+        repo, _, commit = context.resolved.digests[name].rpartition("@")
         source = {"kind": "hub", "folder": "model", "repo": repo, "commit": commit}
-    raise_findings(check_checkpoint(folder, context.recipe))
+    raise_findings(examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe))
     entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
-    _unchanged(context, folder, entries)
-    if model.adapter is not None:
+    _unchanged(context, name, folder, entries)
+    if context.recipe.model.adapter is not None and not is_base:
         card = card_metadata(folder)
         adapter = _merge(context, folder)
         source |= {"kind": "merged", "folder": "model", "adapter": adapter}
@@ -147,11 +161,17 @@ def _texts(value: Any) -> list[str]:
     return [text for text in values if isinstance(text, str) and text]
 
 
-def _unchanged(context: StageContext, folder: Path, entries: Sequence[FileEntry]) -> None:
+def _input_name(entry_id: str) -> str:
+    return "base" if entry_id == BASE else "model"
+
+
+def _unchanged(
+    context: StageContext, name: str, folder: Path, entries: Sequence[FileEntry]
+) -> None:
     """A local folder must still be what the key was made of."""
-    if "model" not in context.resolved.paths:
+    if name not in context.resolved.paths:
         return  # the download was checked against the Hub's own checksums
-    if digest({entry.name: entry.sha256 for entry in entries}) != context.resolved.digests["model"]:
+    if digest({entry.name: entry.sha256 for entry in entries}) != context.resolved.digests[name]:
         raise SourceError(
             f"the checkpoint in {folder} changed after the run began",
             "run the command again once nobody writes there",

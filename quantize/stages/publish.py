@@ -75,7 +75,7 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     return inputs
 
 
-def stale(resolved: Resolved, artifact: Artifact) -> str | None:
+def stale(resolved: Resolved, entry_id: str, artifact: Artifact) -> str | None:
     """Why the published folder must be looked at again: not there, or not what was published.
 
     Contents are compared up to 1 GiB in all, sizes always. The Hub is not asked: a finished run

@@ -86,7 +86,7 @@ class StaleToy(Toy):
 
     why: str | None = None
 
-    def stale(self, resolved: Resolved, artifact: Artifact) -> str | None:
+    def stale(self, resolved: Resolved, entry_id: str, artifact: Artifact) -> str | None:
         return self.why
 
 

@@ -110,8 +110,8 @@ def test_the_key_is_of_contents_and_the_place_makes_it_stale(tmp_path: Path) -> 
     stage = context(tmp_path, local(first))
     fetch.run(stage)
     made = artifact(stage.store, "fetch", "f", {"source.json": source_json(stage)})
-    assert fetch.stale(local(first), made) is None
-    assert str(second) in (fetch.stale(local(second), made) or "")
+    assert fetch.stale(local(first), "fetch", made) is None
+    assert str(second) in (fetch.stale(local(second), "fetch", made) or "")
     edit_json(second / "config.json", {"vocab_size": 97})
     assert fetch.key_inputs(local(first), "fetch") != fetch.key_inputs(local(second), "fetch")
 

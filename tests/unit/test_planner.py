@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from quantize import planner
+from quantize.errors import UsageError
 from quantize.keys import digest
 from quantize.plan import Plan, StageEntry
 from quantize.planner import STAGES, plan, with_stale, with_status
@@ -23,12 +24,14 @@ from quantize.store import Artifact, Store
 
 TINY = shipped_root() / "recipes" / "tiny-llama-awq.yaml"
 ALL = (
-    "fetch", "calibrate", "compress", "audit", "measure-baseline", "measure-candidate", "compare",
-    "card", "publish",
+    "fetch", "calibrate", "compress", "audit", "measure-baseline", "measure-candidate",
+    "measure-repeat", "fetch-base", "measure-base", "compare", "card", "publish",
 )  # fmt: skip
+BASE = {"fetch-base", "measure-base"}
 CARD = {"card", "publish"}
 COMPARED = {"compare", *CARD}
-MEASURED = {"measure-baseline", "measure-candidate", *COMPARED}
+SERVED = {"measure-baseline", "measure-candidate", "measure-repeat", "measure-base"}
+MEASURED = {*SERVED, *COMPARED}
 COMPRESSED = {"compress", "audit", "measure-candidate", *COMPARED}
 CALIBRATED = {"calibrate", *COMPRESSED}
 
@@ -92,7 +95,11 @@ def ids(made: Plan) -> tuple[str, ...]:
         ("quantize.engine=llmcompressor", COMPRESSED),
         ("evaluate.margins.perplexity_ratio=1.2", COMPARED),
         ("evaluate.margins.task_drop=0.2", COMPARED),
-        ("evaluate.suite=smoke", MEASURED),
+        ("evaluate.margins.recovery=none", COMPARED),
+        ("evaluate.margins.tasks={valley_mc: {drop: 0.1}}", COMPARED),
+        ("evaluate.gate.inconclusive=pass", COMPARED),
+        ("evaluate.gate.tasks=[valley_qa]", COMPARED),
+        ("evaluate.text={text: ../eval/texts/valley.jsonl}", MEASURED),
         ("serve.max_num_seqs=8", MEASURED),
         ("serve.max_model_len=512", MEASURED),
         ("serve.kv_cache_gib=2", MEASURED),
@@ -101,7 +108,7 @@ def ids(made: Plan) -> tuple[str, ...]:
         ("serve.extra_args=[--swap-space, '0']", MEASURED),
         ("serve.tensor_parallel_sizes=[1, 2]", CARD),  # preflight's alone
         ("model.license=mit", CARD),
-        ("model.base=owner/name", CARD),
+        ("model.base=examples/tiny_llama/instruct", {*BASE, *COMPARED}),
         ("name=another-name", CARD),
         ("publish.folder=out/elsewhere", {"publish"}),
         ("environments.vllm.python=/usr/bin/python3", set()),  # through the lock digest, below
@@ -123,9 +130,11 @@ def test_options_of_gptq_change_gptq(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("model", set(ALL)),
+        ("model", set(ALL) - {"fetch-base"}),
+        ("base", {*BASE, *COMPARED}),
         ("calibration", CALIBRATED),
         ("suite", MEASURED),
+        ("health", MEASURED),
         ("prompts", MEASURED),
         ("text", MEASURED),
         ("tasks", MEASURED),
@@ -213,6 +222,10 @@ def test_shipped_recipes_plan_completely(name: str, tiny: Tiny) -> None:
     for entry in made.stages:
         assert set(entry.inputs.values()) <= seen, "a stage comes after its inputs"
         seen.add(entry.id)
+        if entry.key is None:  # the base's commit is looked up when it is fetched
+            assert "its key is known" in entry.reason
+            assert entry.id in {*BASE, *COMPARED}
+            continue
         assert entry.key == digest(entry.key_inputs)
         # what a manifest gives back is what went in: nothing changes by being written
         assert json.loads(json.dumps(entry.key_inputs)) == entry.key_inputs
@@ -236,21 +249,26 @@ AWQ = "quantize: {method: awq}\n" + CALIBRATION
 KV_CACHE = "quantize: {method: rtn, scheme: W4A16, kv_cache: fp8}\n" + CALIBRATION
 MIXED = "quantize: {{method: fp8, overrides: [{{modules: ['re:.*o_proj'], scheme: {scheme}}}]}}"
 EVALUATE = "evaluate: {suite: tiny}"
+BLOCK = "quantize: {method: fp8, scheme: FP8_BLOCK}"
+UNSERVED = BASE | {"measure-repeat"}
+UNMEASURED = {*SERVED, *BASE, "compare"}
 PUBLISH = "publish: {folder: out}"
 
 
 @pytest.mark.parametrize(
     ("blocks", "left_out"),
     [
-        ([AWQ, EVALUATE, PUBLISH], set()),
-        ([RTN, EVALUATE, PUBLISH], {"calibrate"}),
-        (["quantize: {method: fp8}", EVALUATE, PUBLISH], {"calibrate"}),
-        (["quantize: {method: fp8, scheme: FP8_BLOCK}", EVALUATE, PUBLISH], {"calibrate"}),
-        ([MIXED.format(scheme="MXFP4A16"), EVALUATE, PUBLISH], {"calibrate"}),
-        ([KV_CACHE, EVALUATE, PUBLISH], set()),
-        ([AWQ, PUBLISH], {"measure-baseline", "measure-candidate", "compare"}),
-        ([AWQ, EVALUATE], {"publish"}),
-        ([RTN], {"calibrate", "measure-baseline", "measure-candidate", "compare", "publish"}),
+        ([AWQ, EVALUATE, PUBLISH], BASE),
+        ([RTN, EVALUATE, PUBLISH], BASE | {"calibrate"}),
+        (["quantize: {method: fp8}", EVALUATE, PUBLISH], BASE | {"calibrate"}),
+        ([BLOCK, EVALUATE, PUBLISH], UNSERVED | {"calibrate"}),
+        ([MIXED.format(scheme="MXFP4A16"), EVALUATE, PUBLISH], UNSERVED | {"calibrate"}),
+        ([KV_CACHE, EVALUATE, PUBLISH], BASE),
+        ([AWQ, PUBLISH], UNMEASURED),
+        ([AWQ, EVALUATE], BASE | {"publish"}),
+        ([RTN], UNMEASURED | {"calibrate", "publish"}),
+        ([AWQ, "evaluate: {suite: tiny, quick: true}", PUBLISH], BASE | {"measure-repeat"}),
+        ([AWQ, "evaluate: {suite: tiny, noise: false}", PUBLISH], BASE | {"measure-repeat"}),
     ],
 )
 def test_stages_of_a_recipe(
@@ -263,6 +281,32 @@ def test_stages_of_a_recipe(
         assert "calibrate" not in made.stage("compress").inputs
     if "publish" not in left_out:  # the gates must be askable
         assert ("compare" in made.stage("publish").inputs) == ("compare" not in left_out)
+
+
+@pytest.mark.parametrize(
+    ("change", "measured"),
+    [
+        ("name=mine", True),
+        ("evaluate.retention=false", False),
+        ("evaluate.suite=smoke", False),  # no tasks
+        ("quantize={method: fp8, scheme: FP8_BLOCK}", False),  # nothing to hold it against
+    ],
+)
+def test_the_base_is_measured_for_retention(change: str, measured: bool, tiny: Tiny) -> None:
+    made = plan(tiny(change), locks)
+    assert (set(ids(made)) >= BASE) == measured
+    assert ("base" in made.stage("compare").inputs) == measured
+    if measured:
+        assert made.stage("measure-base").inputs == {"fetch": "fetch", "model": "fetch-base"}
+
+
+@pytest.mark.parametrize("key", ["margins.tasks={other: {drop: 0.1}}", "gate.tasks=[other]"])
+def test_margins_and_gate_name_tasks_of_the_suite(key: str, tiny: Tiny) -> None:
+    with pytest.raises(
+        UsageError, match=r"names 'other', and suite tiny has no such task"
+    ) as found:
+        tiny(f"evaluate.{key}")
+    assert found.value.hint == "its tasks: valley_mc, valley_qa"
 
 
 def test_a_calibration_block_that_nobody_reads_changes_nothing_made(
@@ -307,9 +351,10 @@ def test_an_adapter_is_merged_in_an_environment(tiny: Tiny, tmp_path: Path) -> N
     resolved = tiny(f"model.adapter={tmp_path}")
     merged = plan(resolved, locks)
     assert merged.stage("fetch").environments == ("llmcompressor",)
-    assert changed(alone, merged) == set(ALL)
+    assert merged.stage("fetch-base").environments == ()  # as it is
+    assert changed(alone, merged) == set(ALL) - {"fetch-base"}
     other = replace(resolved, digests={**resolved.digests, "adapter": "0" * 64})
-    assert changed(merged, plan(other, locks)) == set(ALL)
+    assert changed(merged, plan(other, locks)) == set(ALL) - {"fetch-base"}
 
 
 # --- what cannot be known offline ----------------------------------------------------------------
@@ -317,8 +362,9 @@ def test_an_adapter_is_merged_in_an_environment(tiny: Tiny, tmp_path: Path) -> N
 
 def test_an_unpinned_model_leaves_everything_pending(tiny: Tiny, tmp_path: Path) -> None:
     made = with_status(plan(tiny("model.source=owner/name"), locks), Store(tmp_path))
-    assert {entry.status for entry in made.stages} == {"pending"}
-    assert {entry.key for entry in made.stages} == {None}
+    pending = {entry.id for entry in made.stages if entry.status == "pending"}
+    assert pending == set(ALL) - {"fetch-base"}
+    assert pending == {entry.id for entry in made.stages if entry.key is None}
     assert made.stage("fetch").reason == "its key is known when model is resolved"
     assert made.stage("calibrate").reason == "its key is known after fetch"
     assert made.stage("audit").reason == "its key is known after compress, fetch"
@@ -377,7 +423,7 @@ def test_status_says_what_changed(tiny: Tiny, tmp_path: Path) -> None:
     fill(store, plan(tiny(), locks), *ALL)
     status = said(plan(tiny("quantize.scheme=W4A16"), locks), store)
     assert [name for name in ALL if status[name][0] == "done"] == [
-        "fetch", "calibrate", "measure-baseline"
+        "fetch", "calibrate", "measure-baseline", "measure-repeat", "fetch-base", "measure-base"
     ]  # fmt: skip
     assert status["compress"] == ("changed", 'scheme: "W4A16_ASYM" → "W4A16"')
     old, new = (keys(plan(tiny(*x), locks))["compress"] for x in ((), ["quantize.scheme=W4A16"]))
@@ -429,7 +475,8 @@ def test_what_a_hook_calls_stale_is_changed(
     made = plan(resolved, locks)
     asked = []
 
-    def stale(given: Resolved, artifact: Artifact) -> str:
+    def stale(given: Resolved, entry_id: str, artifact: Artifact) -> str:
+        assert entry_id == "publish"
         asked.append(artifact.manifest.key)
         return "somebody changed it"
 

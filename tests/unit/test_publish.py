@@ -191,16 +191,16 @@ def test_a_file_in_the_folders_place_is_a_conflict(stage: Stage) -> None:
 def test_a_changed_publish_is_moved_aside_and_made_again(stage: Stage) -> None:
     made = stage.run(recipe())
     resolved = stage.resolved(recipe())
-    assert publish.stale(resolved, made) is None
+    assert publish.stale(resolved, "publish", made) is None
     weights = Path("out/tiny/model.safetensors")
     weights.write_bytes(WEIGHTS[:-1] + b"!")
-    reason = publish.stale(resolved, made)
+    reason = publish.stale(resolved, "publish", made)
     assert reason == "out/tiny was changed: model.safetensors has other content (sha256 differs)"
     stage.run(recipe(), key="2" * 64)
     assert weights.read_bytes() == WEIGHTS
     assert Path("out/tiny.changed-1/model.safetensors").read_bytes() == WEIGHTS[:-1] + b"!"
     assert any("had been changed" in line for line in stage.lines)
-    assert publish.stale(resolved, made) is None
+    assert publish.stale(resolved, "publish", made) is None
 
 
 def test_a_finished_publish_knows_when_it_is_not_there_any_more(
@@ -209,14 +209,16 @@ def test_a_finished_publish_knows_when_it_is_not_there_any_more(
     made = stage.run(recipe())
     resolved = stage.resolved(recipe())
     Path("out/tiny/notes.txt").write_text("mine")  # no reason to publish again
-    assert publish.stale(resolved, made) is None
+    assert publish.stale(resolved, "publish", made) is None
     Path("out/tiny/config.json").unlink()
-    assert publish.stale(resolved, made) == "out/tiny was changed: config.json is missing"
+    assert (
+        publish.stale(resolved, "publish", made) == "out/tiny was changed: config.json is missing"
+    )
     Path("out/tiny/quantize/manifest.json").write_text("{}")
-    assert publish.stale(resolved, made) == "out/tiny holds another publish"
+    assert publish.stale(resolved, "publish", made) == "out/tiny holds another publish"
     monkeypatch.chdir(tmp_path)
-    assert publish.stale(resolved, made) == "out/tiny is not there any more"
-    assert publish.stale(stage.resolved(recipe(folder=None)), made) is None
+    assert publish.stale(resolved, "publish", made) == "out/tiny is not there any more"
+    assert publish.stale(stage.resolved(recipe(folder=None)), "publish", made) is None
 
 
 def test_a_damaged_artifact_is_not_published(stage: Stage) -> None:
