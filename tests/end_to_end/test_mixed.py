@@ -26,7 +26,7 @@ quantize:
     - {{modules: ['re:.*layers\\.1\\.mlp\\.down_proj$'], scheme: W4A16, group_size: 32}}
     - {{modules: ['re:.*down_proj$'], scheme: FP8_DYNAMIC}}
     - {{modules: ['re:.*layers\\.0\\.self_attn\\.[qkv]_proj$'], scheme: W4A16, group_size: channel}}
-evaluate: {{suite: own.yaml}}
+evaluate: {{suite: own.yaml, noise: false, margins: {{perplexity_ratio: none}}}}
 """
 SUITE = f"""\
 version: 1

@@ -63,6 +63,23 @@ def test_recipe_is_measured_and_published(
     expected = 0.75 if name.endswith("fp8") else 0.6
     assert compare["size_ratio"] < expected
     assert not compare["not_measured"]
+    verdicts = {verdict["name"]: verdict["verdict"] for verdict in compare["verdicts"]}
+    assert set(verdicts) == {"perplexity", "task:valley_mc", "task:valley_qa", "tasks", "model"}
+    assert "inferior" not in verdicts.values()
+    if name != "tiny-llama-fp8":  # 350 questions are too few for its margin, and it says so
+        assert verdicts["model"] == "non-inferior"
+
+    # what the fine-tune gained on the base is nearly all there
+    for retention in compare["retention"]:
+        assert retention["gain"] > 0.2
+        assert 0.9 < retention["retained"] < 1.1
+        assert retention["retained_low"] < retention["retained"] < retention["retained_high"]
+    assert len(compare["retention"]) == 2
+    # the same server started again gives nearly the same
+    assert compare["noise"]["kl_mean"] < compare["divergence"]["mean"] / 5
+    assert {noise["name"] for noise in compare["noise"]["tasks"]} == set(scores)
+    assert {delta["name"] for delta in compare["health"]} >= {"repeating", "ended_early"}
+    assert compare["lint"]["rows"] == 128 if "calibration" in record else "lint" not in compare
 
     published = work.folder / "out" / name
     card = (published / "README.md").read_text()
@@ -83,7 +100,7 @@ def test_second_run_does_nothing(work: Work, results: Callable[[str], dict[str, 
     results("tiny-llama-awq")
     done = work.quantize("run", "tiny-llama-awq", "--store", str(work.store))
     assert done.code == 0, done.err
-    assert "nothing to do: all 9 stages" in done.out
+    assert "nothing to do: all 12 stages" in done.out
 
 
 def test_pipelines_own_time_is_small(results: Callable[[str], dict[str, Any]]) -> None:

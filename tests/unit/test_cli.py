@@ -71,15 +71,18 @@ def test_three_mistakes_are_three_lines_and_exit_2(quantize, tmp_path: Path) -> 
     assert "group_size" in done.err
 
 
-def test_plan_of_a_real_recipe_is_complete_offline(quantize) -> None:  # type: ignore[no-untyped-def]
+def test_plan_of_a_real_recipe_offline(quantize) -> None:  # type: ignore[no-untyped-def]
     done = quantize("plan", "llama3-70b-awq", "--json")
     assert done.code == 0, done.err
     plan = json.loads(done.out)
     assert [stage["id"] for stage in plan["stages"]] == [
         "fetch", "calibrate", "compress", "audit", "measure-baseline", "measure-candidate",
-        "compare", "card", "publish",
+        "measure-repeat", "fetch-base", "measure-base", "compare", "card", "publish",
     ]  # fmt: skip
-    assert all(stage["key"] and stage["reason"] for stage in plan["stages"])
+    assert all(stage["reason"] for stage in plan["stages"])
+    # the base has no pinned commit; what it is held against has
+    pending = {stage["id"] for stage in plan["stages"] if not stage["key"]}
+    assert pending == {"fetch-base", "measure-base", "compare", "card", "publish"}
 
 
 @pytest.mark.parametrize(
