@@ -105,3 +105,48 @@ def test_interrupt_ends_with_75_and_leaves_nothing(work: Work, tmp_path: Path) -
     value = json.loads(result.read_text())
     assert value["exit_code"] == 75
     assert [stage["id"] for stage in value["stages"]] == ["fetch", "calibrate"]
+
+
+def test_a_server_that_dies_in_a_task_costs_that_task(work: Work, tmp_path: Path) -> None:
+    """The message names the server, and what was measured before is not measured again."""
+    store = tmp_path / "store"
+    command = work.command("run", "tiny-llama-fp8", "--store", str(store))
+    command += ["--until", "measure-baseline"]
+    with (tmp_path / "err").open("wb") as err:
+        process = subprocess.Popen(
+            command, cwd=work.folder, env=environment(), stdout=subprocess.DEVNULL, stderr=err
+        )
+    deadline = time.monotonic() + 300
+    while not (asking := named(process, "quantize.workers.evaluate")):
+        assert process.poll() is None, (tmp_path / "err").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    for server in named(process, "vllm.entrypoints"):
+        server.kill()
+    code = process.wait(timeout=120)
+    said = (tmp_path / "err").read_text()
+    assert code in (4, 75), said
+    assert "vLLM server" in said
+    assert "Traceback" not in said
+    assert_gone(asking)
+    (part,) = store.glob("measure/.staging/*/work/part-perplexity.json")
+    seconds = json.loads(part.read_text())["seconds"]
+
+    assert subprocess.run(command, cwd=work.folder, env=environment(), check=False).returncode == 0
+    (record,) = store.glob("measure/*/record.json")
+    measured = json.loads(record.read_text())
+    assert measured["seconds"]["perplexity"] == round(seconds, 2)
+    assert {task["name"] for task in measured["tasks"]} == {"valley_mc", "valley_qa"}
+
+
+def named(process: subprocess.Popen[bytes], words: str) -> list[psutil.Process]:
+    """Living descendants with these words on their command line."""
+    found = []
+    for child in below(process) if process.poll() is None else []:
+        try:
+            if words in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
