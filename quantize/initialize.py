@@ -279,7 +279,8 @@ def _evaluate(facts: Facts, method: str) -> str:
     return (
         f"evaluate:\n  suite: {suite} # {why}\n"
         f"  # The run fails unless it shows that {left}% of the tasks' scores are left and\n"
-        f"  # perplexity is within {ratio}x: the default margins with {bits}-bit weights. To set others:\n"
+        f"  # perplexity is within {ratio}x: the default margins with {bits}-bit weights. "
+        "To set others:\n"
         f"  # margins: {{perplexity_ratio: 1.08, recovery: 0.95}}\n"
     )
 
