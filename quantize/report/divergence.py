@@ -1,4 +1,4 @@
-"""What two servers said of the same tokens: the arrays, and KL divergence between them."""
+"""What two servers said of the same tokens: the arrays, KL divergence and Δp between them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from numpy.typing import NDArray
 
 from quantize.errors import SourceError
 from quantize.records import Divergence, Perplexity
-from quantize.report.intervals import chunks
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from quantize.report.intervals import Floats, Integers, chunks, resampled_mean, token_units
+from quantize.report.pairing import SAME_QUESTIONS
 
 TAIL_FLOOR = 1e-6
 """Float32 log-probabilities do not tell 1 - Σp from zero below about this."""
-SAME_QUESTIONS = (
-    "compare the tokenizers and chat templates of the two checkpoints: the audit names what differs"
-)
+DELTA_P_PERCENTILES = (0.1, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9)
+"""Those that llama.cpp's `llama-perplexity --kl-divergence` prints."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,13 @@ class TokenLogprobs:
     """What one side's server said of every scored token of the held-out text.
 
     `document`, `token` (tokens,); `logprob` (tokens,) in nats; `top_ids`, `top_logprobs`
-    (tokens, k), padded with id -1 and -inf where the server gave fewer than k.
+    (tokens, k), padded with id -1 and -inf where the server gave fewer than k; `position`
+    (tokens,): how many tokens of context it had.
     """
 
     document: Integers
     token: Integers
+    position: Integers
     logprob: Floats
     top_ids: Integers
     top_logprobs: Floats
@@ -45,9 +44,12 @@ class TokenLogprobs:
         """Read `token_logprobs.npz` of a measure artifact; SourceError if it is not one."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return cls.of(arrays)
+                side = cls.of(arrays)
+        except SourceError as error:
+            raise SourceError(f"{path}: {error.message}", error.hint) from error
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise SourceError(f"{path} cannot be read: {error}", "quantize store verify") from error
+        return side
 
     @classmethod
     def of(cls, arrays: Mapping[str, NDArray[Any]]) -> TokenLogprobs:
@@ -55,6 +57,7 @@ class TokenLogprobs:
         return cls(
             document=arrays["document"].astype(np.int64),
             token=arrays["token"].astype(np.int64),
+            position=arrays["position"].astype(np.int64),
             logprob=arrays["logprob"].astype(np.float64),
             top_ids=arrays["top_ids"].astype(np.int64),
             top_logprobs=arrays["top_logprobs"].astype(np.float64),
@@ -62,8 +65,12 @@ class TokenLogprobs:
 
     def __post_init__(self) -> None:
         tokens = len(self.token)
-        shapes = {len(self.document), len(self.logprob), len(self.top_ids), len(self.top_logprobs)}
-        if shapes != {tokens} or self.top_ids.shape != self.top_logprobs.shape or tokens == 0:
+        columns = (self.document, self.position, self.logprob, self.top_ids, self.top_logprobs)
+        if (
+            {len(column) for column in columns} != {tokens}
+            or self.top_ids.shape != self.top_logprobs.shape
+            or tokens == 0
+        ):
             raise SourceError("the arrays of token log-probabilities do not belong together")
         if not np.isfinite(self.logprob).all():
             place = int(np.argmin(np.isfinite(self.logprob)))
@@ -77,14 +84,10 @@ class TokenLogprobs:
 
 def same_text(baseline: Perplexity, candidate: Perplexity) -> None:
     """Raise SourceError, naming what differs, unless both sides scored the same token ids."""
-    pairs: dict[str, tuple[object, object]] = {
-        "text_sha256": (baseline["text_sha256"], candidate["text_sha256"]),
-        "tokens_sha256": (baseline["tokens_sha256"], candidate["tokens_sha256"]),
-        "window": (baseline["window"], candidate["window"]),
-        "bos": (baseline["bos"], candidate["bos"]),
-        "top_k": (baseline["top_k"], candidate["top_k"]),
-    }
-    for name, (before, after) in pairs.items():
+    names = ("text_sha256", "tokens_sha256", "window", "stride", "joined", "bos", "top_k")
+    sides = (dict(baseline), dict(candidate))
+    for name in names:
+        before, after = (side[name] for side in sides)
         if before != after:
             raise SourceError(
                 f"perplexities are not comparable: {name} is {before} for the baseline "
@@ -108,7 +111,48 @@ def check_paired(baseline: TokenLogprobs, candidate: TokenLogprobs) -> None:
 
 
 def divergence(baseline: TokenLogprobs, candidate: TokenLogprobs) -> Divergence:
-    """KL(baseline ‖ candidate) in nats per scored position: mean, quantiles, maximum.
+    """KL(baseline ‖ candidate) in nats per scored position, Δp and top-1 agreement.
+
+    Mean (Σ over positions / positions, with a 95% interval from a bootstrap over documents as in
+    :func:`quantize.report.deltas.perplexity_delta`), median, 99th and 99.9th percentile and maximum
+    of :func:`position_divergence`, which is a lower bound of the KL over the whole vocabulary.
+
+    Δp = p_candidate - p_baseline of the text's own token: mean, root mean square, percentiles.
+
+    `top1_agreement` is the share of positions where the most likely token is the same; among
+    equally likely tokens (common with BF16 logits) the lowest id counts, on both sides.
+
+    Raises SourceError if the sides scored other tokens.
+    """
+    nats = position_divergence(baseline, candidate)
+    median, p99, p999 = np.quantile(nats, [0.5, 0.99, 0.999])
+    unit = token_units(baseline.document)
+    tokens = np.bincount(unit).astype(np.float64)
+    mean = resampled_mean(np.bincount(unit, weights=nats).astype(np.float64), tokens)
+    delta_p = np.exp(candidate.logprob) - np.exp(baseline.logprob)  # (tokens,)
+    percentiles = np.percentile(delta_p, DELTA_P_PERCENTILES)
+    return Divergence(
+        top_k=min(baseline.top_ids.shape[1], candidate.top_ids.shape[1]),
+        tokens=len(nats),
+        mean=float(nats.mean()),
+        mean_low=mean.low,
+        mean_high=mean.high,
+        median=float(median),
+        p99=float(p99),
+        p999=float(p999),
+        maximum=float(nats.max()),
+        top1_agreement=float(np.mean(_most_likely(baseline) == _most_likely(candidate))),
+        delta_p_mean=float(delta_p.mean()),
+        delta_p_rms=float(np.sqrt(np.mean(delta_p**2))),
+        delta_p_percentiles={
+            f"{name:g}": float(value)
+            for name, value in zip(DELTA_P_PERCENTILES, percentiles, strict=True)
+        },
+    )
+
+
+def position_divergence(baseline: TokenLogprobs, candidate: TokenLogprobs) -> Floats:
+    """KL(baseline ‖ candidate) of each scored position (tokens,), in nats: a lower bound.
 
     Both servers report their own k most likely tokens and the text's token. At each position the
     vocabulary is cut into the tokens that both sides reported, one cell each, and one cell for all
@@ -120,9 +164,6 @@ def divergence(baseline: TokenLogprobs, candidate: TokenLogprobs) -> Divergence:
     The log-probabilities are float32, so 1 - Σp is noise below `TAIL_FLOOR`; the last cell is not
     taken as smaller than that on either side, and a position is not taken as below zero.
 
-    `top1_agreement` is the share of positions where the most likely token is the same; among
-    equally likely tokens (common with BF16 logits) the lowest id counts, on both sides.
-
     Raises SourceError if the sides scored other tokens.
     """
     check_paired(baseline, candidate)
@@ -132,18 +173,7 @@ def divergence(baseline: TokenLogprobs, candidate: TokenLogprobs) -> Divergence:
         rows = slice(start, start + count)
         parts.append(_position_divergence(_cells(baseline, rows), _cells(candidate, rows)))
         start += count
-    nats = np.concatenate(parts)
-    median, p99, p999 = np.quantile(nats, [0.5, 0.99, 0.999])
-    return Divergence(
-        top_k=min(baseline.top_ids.shape[1], candidate.top_ids.shape[1]),
-        tokens=len(nats),
-        mean=float(nats.mean()),
-        median=float(median),
-        p99=float(p99),
-        p999=float(p999),
-        maximum=float(nats.max()),
-        top1_agreement=float(np.mean(_most_likely(baseline) == _most_likely(candidate))),
-    )
+    return np.concatenate(parts)
 
 
 def _cells(side: TokenLogprobs, rows: slice) -> tuple[Integers, Floats]:

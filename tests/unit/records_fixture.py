@@ -12,10 +12,11 @@ import numpy as np
 
 from quantize.plan import StageEntry
 from quantize.protocol import write_json
-from quantize.recipe import Margins, Recipe
+from quantize.recipe import Recipe
 from quantize.records import MEASURE_SCHEMA
+from quantize.report.comparison import compare
 from quantize.stages.base import Resolved, StageContext
-from quantize.stages.compare import compare
+from quantize.stages.compare import rules
 from quantize.store import Artifact, Store
 
 VOCABULARY = 32
@@ -36,6 +37,11 @@ class Side:
     tokens_per_second: float = 123.4
     top_k: int = 8
     served: bool = True
+    quick: bool = False
+    asked: str = ""  # stands before every task prompt: a side with another one was asked otherwise
+    cluster_of: int = 0  # documents that share a cluster; 0: all are independent
+    health: Sequence[Mapping[str, Any]] = ()  # lines of health.jsonl
+    own_text: bool = False  # the same tokens as the suite's text
     not_measured: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -71,24 +77,31 @@ def token_arrays(logits: np.ndarray, token: np.ndarray, document: np.ndarray, k:
     """The arrays of `token_logprobs.npz`, as a server reports these logits."""
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     top = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+    starts = np.searchsorted(document, document)  # documents come in order
     return {
         "document": document.astype(np.int32),
         "token": token.astype(np.int32),
+        "position": (np.arange(len(token)) - starts + 1).astype(np.int32),
         "logprob": logprobs[np.arange(len(token)), token].astype(np.float32),
         "top_ids": top.astype(np.int32),
         "top_logprobs": np.take_along_axis(logprobs, top, axis=1).astype(np.float32),
     }
 
 
-def sample(task: str, doc: int, score: float) -> dict[str, Any]:
-    prompt = hashlib.sha256(f"{task} {doc}".encode()).hexdigest()
+def sample(
+    task: str, doc: int, score: float, asked: str = "", cluster_of: int = 0
+) -> dict[str, Any]:
+    prompt = f"{asked}{task} {doc}"
     return {
-        "doc": doc,
+        "doc": str(doc),
         "group": f"g{doc % 4}",
-        "prompt_sha256": prompt,
+        "cluster": f"c{doc // cluster_of}" if cluster_of else "",
+        "prompt": prompt,
+        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
         "target": "a",
         "response": "a" if score else "b",
         "score": score,
+        "scores": [score],
     }
 
 
@@ -105,6 +118,7 @@ def task_record(name: str, scores: Sequence[float]) -> dict[str, Any]:
         "num_fewshot": 0,
         "chat_template": True,
         "prompts_sha256": "b" * 64,
+        "repeats": 1,
     }
 
 
@@ -143,6 +157,7 @@ def measure_artifact(store: Store, key: str, side: Side) -> Artifact:
         "suite": "tiny",
         "smoke": [],
         "tasks": [],
+        "quick": side.quick,
         "not_measured": side.not_measured,
         "versions": {"vllm": "0.32.0", "lm-eval": "0.4.13"},
         "seconds": {"server start": 21.5},
@@ -172,7 +187,10 @@ def _served(record: dict[str, Any], side: Side) -> dict[str, Any]:
         "documents": DOCUMENTS,
         "windows": DOCUMENTS,
         "window": TOKENS_PER_DOCUMENT + 1,
+        "stride": TOKENS_PER_DOCUMENT,
+        "joined": False,
         "bos": True,
+        "excluded": "BOS",
         "top_k": side.top_k,
         "scored_tokens": len(token),
         "total_nats": nats,
@@ -202,10 +220,24 @@ def _served(record: dict[str, Any], side: Side) -> dict[str, Any]:
         "prometheus": {"vllm:num_preemptions_total": 0.0},
     }
     files: dict[str, Any] = {"token_logprobs.npz": _npz(arrays)}
+    if side.own_text:
+        record["own_perplexity"] = {**record["perplexity"], "text": "own.jsonl"}
+        files["own_token_logprobs.npz"] = files["token_logprobs.npz"]
+    if side.health:
+        record["health"] = {"prompts": len(side.health), "prompts_sha256": "c" * 64}
+        files["health.jsonl"] = _json_lines(side.health)
     for name, scores in side.scores.items():
-        lines = [json.dumps(sample(name, doc, score)) for doc, score in enumerate(scores)]
-        files[f"samples/{name}.jsonl"] = ("\n".join(lines) + "\n").encode()
+        files[f"samples/{name}.jsonl"] = _json_lines(
+            [
+                sample(name, doc, score, side.asked, side.cluster_of)
+                for doc, score in enumerate(scores)
+            ]
+        )
     return files
+
+
+def _json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -227,6 +259,7 @@ RECIPE: dict[str, Any] = {
     "evaluate": {
         "suite": "tiny",
         "margins": {"perplexity_ratio": 1.05, "task_drop": 0.03},
+        "gate": {"inconclusive": "pass"},  # the sides are small
     },
     "serve": {"max_model_len": 1024, "max_num_seqs": 16},
     "publish": {"folder": "out/tiny-llama-awq"},
@@ -241,12 +274,7 @@ def stage_context(
     recipe: Mapping[str, Any] = RECIPE,
 ) -> StageContext:
     """A context for a stage that starts no process: it has no runner."""
-    resolved = Resolved(
-        recipe=Recipe.model_validate_json(json.dumps(recipe)),
-        folder=folder,
-        accelerator="cpu",
-        digests={},
-    )
+    resolved = resolved_recipe(folder, recipe)
     files, work = folder / "files", folder / "work"
     files.mkdir()
     work.mkdir()
@@ -259,6 +287,15 @@ def stage_context(
         work=work,
         runner=None,  # type: ignore[arg-type]
         store=store,
+    )
+
+
+def resolved_recipe(folder: Path, recipe: Mapping[str, Any] = RECIPE) -> Resolved:
+    return Resolved(
+        recipe=Recipe.model_validate_json(json.dumps(recipe)),
+        folder=folder,
+        accelerator="cpu",
+        digests={},
     )
 
 
@@ -321,7 +358,7 @@ def card_inputs(
         "baseline": measure_artifact(store, f"b{key}", before),
         "candidate": measure_artifact(store, f"c{key}", after),
     }
-    comparison = compare(*sides.values(), Margins(perplexity_ratio=1.05, task_drop=0.03))
+    comparison, details = compare(*sides.values(), rules(resolved_recipe(Path())))
     model = {"model/model.safetensors": bytes(after.weight_bytes), "model/config.json": {}}
     return sides | {
         "fetch": artifact(store, "fetch", f"f{key}", {"source.json": {**facts, **source}}),
@@ -340,5 +377,7 @@ def card_inputs(
             versions={"llmcompressor": "0.14.0.1", "torch": "2.13.0"},
         ),
         "audit": artifact(store, "audit", f"a{key}", {"audit.json": audit}),
-        "compare": artifact(store, "compare", f"d{key}", {"record.json": comparison}),
+        "compare": artifact(
+            store, "compare", f"d{key}", {"record.json": comparison, "details.json": details}
+        ),
     }

@@ -1,0 +1,106 @@
+"""What stands beside the verdicts: noise, retention, generation health, calibration lint."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from quantize.errors import SourceError
+from quantize.records import CompareRecord, Missing, Noise
+from quantize.report.divergence import same_text
+from quantize.report.health import health_deltas
+from quantize.report.noise import add_text_noise, task_level, task_noise, text_level
+from quantize.report.pairing import pair
+from quantize.report.retention import retention
+from quantize.report.sides import TEXTS, Side, TextName
+from quantize.store import Artifact
+
+
+def add_noise(record: CompareRecord, before: Side, repeat: Side) -> None:
+    """The baseline against itself, and which differences of the record are no larger."""
+    noise = Noise(tasks=[])
+    for text in TEXTS:
+        first, second = before.text(text), repeat.text(text)
+        if first is None or second is None:
+            continue
+        try:
+            same_text(first, second)
+            _add_text_noise(record, noise, text, before, repeat)
+        except SourceError as error:
+            _miss(record, f"noise of {text}", error)
+    for name in before.tasks:
+        if name not in repeat.tasks:
+            continue
+        try:
+            paired = pair(name, baseline=before.samples(name), repeat=repeat.samples(name))
+        except SourceError as error:
+            _miss(record, f"noise of task {name}", error)
+            continue
+        noise["tasks"].append(task_noise(name, paired))
+        for delta in record["tasks"]:
+            if delta["name"] == name:
+                delta["inside_noise"] = abs(delta["difference"]) <= task_level(paired)
+    record["noise"] = noise
+
+
+def _add_text_noise(
+    record: CompareRecord, noise: Noise, text: TextName, before: Side, repeat: Side
+) -> None:
+    sides = before.logprobs(text), repeat.logprobs(text)
+    level = text_level(*sides)
+    if text == "perplexity":
+        add_text_noise(noise, *sides)
+    delta = record.get(text)
+    if delta is not None:
+        delta["inside_noise"] = bool(abs(np.log(delta["ratio"])) <= level)
+
+
+def add_retention(record: CompareRecord, base: Side, before: Side, after: Side) -> None:
+    """What is left of the fine-tune's gain, for each task that all three answered."""
+    for name, task in before.tasks.items():
+        if name not in after.tasks or name not in base.tasks:
+            continue
+        try:
+            paired = pair(
+                name,
+                base=base.samples(name),
+                baseline=before.samples(name),
+                candidate=after.samples(name),
+            )
+        except SourceError as error:
+            _miss(record, f"retention of task {name}", error)
+            continue
+        record["retention"].append(retention(task, paired))
+
+
+def add_health(record: CompareRecord, before: Side, after: Side) -> None:
+    """Generation health, where both sides were asked the same prompts."""
+    first, second = before.record.get("health"), after.record.get("health")
+    if first is None or second is None:
+        return
+    if first["prompts_sha256"] != second["prompts_sha256"]:
+        why = "the two sides were asked different prompts"
+        record["not_measured"].append(Missing(what="change of generation health", why=why))
+        return
+    # The measuring side says what an early end is; its HTTP client is not needed here.
+    from quantize.measure.health import EARLY_TOKENS
+
+    record["health"] = health_deltas(before.answers(), after.answers(), EARLY_TOKENS)
+
+
+def add_lint(record: CompareRecord, calibrate: Artifact, before: Side) -> None:
+    """The calibration data held against the prompts of the baseline's tasks."""
+    from quantize.report.lint import lint
+
+    text = calibrate.file("rows.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    documents = {
+        name: [sample["prompt"] for sample in before.samples(name)] for name in before.tasks
+    }
+    templated = any(task["chat_template"] for task in before.record["tasks"])
+    record["lint"] = lint(rows, calibrate.json("calibrate.json"), documents, templated)
+
+
+def _miss(record: CompareRecord, what: str, error: SourceError) -> None:
+    record["not_measured"].append(Missing(what=what, why=error.message))
