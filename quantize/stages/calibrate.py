@@ -8,7 +8,7 @@ from quantize.checkpoint import model_folder
 from quantize.process import hub_token
 from quantize.stages.base import Resolved, StageContext
 
-VERSION = 1
+VERSION = 2  # 2: rows.jsonl
 
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
 
 
 def run(context: StageContext) -> None:
-    """Run the worker; `tokens.npz` and `calibrate.json` are its output."""
+    """Run the worker; `tokens.npz`, `rows.jsonl` and `calibrate.json` are its output."""
     calibration = context.recipe.calibration
     assert calibration is not None
     path = context.resolved.paths.get("calibration")
