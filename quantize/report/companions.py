@@ -83,10 +83,10 @@ def add_health(record: CompareRecord, before: Side, after: Side) -> None:
         why = "the two sides were asked different prompts"
         record["not_measured"].append(Missing(what="change of generation health", why=why))
         return
-    # The measuring side says what an early end is; its HTTP client is not needed here.
-    from quantize.measure.health import EARLY_TOKENS
+    # It brings the HTTP client, which no other comparison needs.
+    from quantize.measure.health import ended_early
 
-    record["health"] = health_deltas(before.answers(), after.answers(), EARLY_TOKENS)
+    record["health"] = health_deltas(before.answers(), after.answers(), ended_early)
 
 
 def add_lint(record: CompareRecord, calibrate: Artifact, before: Side) -> None:

@@ -15,23 +15,20 @@ Fault = Callable[[Answered], bool]
 
 
 def health_deltas(
-    baseline: Sequence[Answered], candidate: Sequence[Answered], early_tokens: int
+    baseline: Sequence[Answered], candidate: Sequence[Answered], ended_early: Fault
 ) -> list[HealthDelta]:
     """Each rate on both sides over the prompts that both answered, with an exact McNemar test.
 
     A rate is the share of prompts with that fault (`schema_valid`: without it, among the prompts
-    that have a schema). `early_tokens`: fewer tokens than these are an early end. `mcnemar_p` is
-    two-sided; no correction is made for the number of rates, because this only raises an alarm.
+    that have a schema); `ended_early` is the measuring side's own rule. `mcnemar_p` is two-sided;
+    no correction is made for the number of rates, because this only raises an alarm.
     """
     answers = {answer["name"]: answer for answer in candidate}
     pairs = [(first, answers[first["name"]]) for first in baseline if first["name"] in answers]
 
-    def early(answer: Answered) -> bool:
-        return not answer["answer"].strip() or answer["tokens"] < early_tokens
-
     faults: dict[str, Fault] = {
         "repeating": lambda answer: bool(answer["repeats"]),
-        "ended_early": early,
+        "ended_early": ended_early,
         "cut_off": lambda answer: answer["finish_reason"] == "length",
         "invalid_utf8": lambda answer: answer["replacement_characters"] > 0,
         "template_echo": lambda answer: bool(answer["echoed"]),

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
-from quantize.recipe import GateRules, Margins, TaskMargin
+from quantize.recipe import GateRules, Margins
 from quantize.records import TaskDelta, Verdict, VerdictName
 from quantize.report.intervals import ALPHA, POWER, Estimate
 
@@ -55,10 +55,8 @@ class Rules:
         own = self.margins.tasks.get(name)
         if own is None:
             recovery, drop = self.margins.recovery, self.margins.task_drop
-        elif isinstance(own, TaskMargin):
-            recovery, drop = own.recovery, own.drop
         else:
-            return None
+            recovery, drop = own.recovery, own.drop
         if drop is not None:
             return "drop", drop
         if isinstance(recovery, str):

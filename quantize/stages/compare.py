@@ -37,7 +37,7 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
 
 def run(context: StageContext) -> None:
     """Write `record.json` (:class:`quantize.records.CompareRecord`) and `details.json`."""
-    from quantize.report.comparison import compare
+    from quantize.report.comparing import compare
 
     inputs = context.inputs
     record, details = compare(

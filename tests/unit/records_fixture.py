@@ -14,7 +14,7 @@ from quantize.plan import StageEntry
 from quantize.protocol import write_json
 from quantize.recipe import Recipe
 from quantize.records import MEASURE_SCHEMA
-from quantize.report.comparison import compare
+from quantize.report.comparing import compare
 from quantize.stages.base import Resolved, StageContext
 from quantize.stages.compare import rules
 from quantize.store import Artifact, Store
@@ -106,7 +106,7 @@ def sample(
 
 
 def task_record(name: str, scores: Sequence[float]) -> dict[str, Any]:
-    values = np.asarray(scores, dtype=float)
+    values = np.nan_to_num(np.asarray(scores if len(scores) else [0], dtype=float))
     return {
         "name": name,
         "version": "1.0",
@@ -114,7 +114,7 @@ def task_record(name: str, scores: Sequence[float]) -> dict[str, Any]:
         "higher_is_better": True,
         "score": float(values.mean()),
         "standard_error": float(values.std() / np.sqrt(max(1, len(values) - 1))),
-        "documents": len(values),
+        "documents": len(scores),
         "num_fewshot": 0,
         "chat_template": True,
         "prompts_sha256": "b" * 64,

@@ -1,7 +1,10 @@
-"""Paired differences: perplexity, KL divergence, tasks and gates."""
+"""Paired differences: perplexity, KL divergence and tasks."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records_fixture import (
@@ -12,18 +15,23 @@ from records_fixture import (
     task_record,
     token_arrays,
 )
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
 
 from quantize.errors import SourceError
-from quantize.recipe import Margins
-from quantize.report import intervals
-from quantize.report.deltas import gates, perplexity_delta, task_delta
+from quantize.report import deltas
 from quantize.report.divergence import TokenLogprobs, divergence, same_text
+from quantize.report.pairing import Paired, pair
 
 
 def arrays(logits, token=None, document=None, k=8):
     if token is None:
         token, document = questions()
     return TokenLogprobs.of(token_arrays(np.asarray(logits, float), token, document, k))
+
+
+def perplexity_delta(before, after):
+    return deltas.perplexity_delta(before, after)[0]
 
 
 def log_softmax(logits):
@@ -67,9 +75,7 @@ def test_ratio_weighs_tokens_not_documents():
     document = np.array([0] * 30 + list(range(1, 31)))
     lost = np.where(document == 0, np.log(2), 0.0)  # half of all tokens, one of 31 documents
     before = arrays(np.zeros((60, 4)), np.zeros(60, int), document, 4)
-    after = TokenLogprobs(
-        document, before.token, before.logprob - lost, before.top_ids, before.top_logprobs
-    )
+    after = replace(before, logprob=before.logprob - lost)
     delta = perplexity_delta(before, after)
     assert delta["ratio"] == pytest.approx(np.sqrt(2))
     assert 1 <= delta["ratio_low"] < delta["ratio"] < delta["ratio_high"] <= 2
@@ -90,17 +96,12 @@ def test_interval_does_not_change_from_run_to_run():
     assert perplexity_delta(*sides) == perplexity_delta(*sides)
 
 
-def test_interval_covers_the_true_ratio_about_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
-    generator = np.random.default_rng(4)
-    hits, trials, units = 0, 300, 60
-    for _ in range(trials):
-        tokens = np.round(generator.lognormal(5, 0.5, units))
-        nats = 0.01 * tokens + np.sqrt(tokens) * generator.normal(0, 0.3, units)
-        low, high = intervals.ratio_interval(nats, tokens)
-        hits += low <= np.exp(0.01) <= high
-    # Nominal 95%; the standard deviation of the count is 3.8.
-    assert 0.91 <= hits / trials <= 0.985
+def test_the_estimate_is_the_ratio_less_one():
+    sides = arrays(baseline_side().logits), arrays(candidate_side().logits)
+    delta, worse = deltas.perplexity_delta(*sides)
+    assert worse.value == pytest.approx(delta["ratio"] - 1)
+    assert worse.low == pytest.approx(delta["ratio_low"] - 1)
+    assert worse.p_above(worse.low) == pytest.approx(0.025, rel=0.05)
 
 
 def test_too_little_text_is_an_error():
@@ -125,7 +126,8 @@ def test_other_tokens_are_an_error_that_names_the_array():
 
 
 def test_records_of_different_texts_are_not_comparable():
-    record = {"text_sha256": "a", "tokens_sha256": "b", "window": 512, "bos": True, "top_k": 8}
+    record = {"text_sha256": "a", "tokens_sha256": "b", "window": 512, "stride": 511}
+    record |= {"joined": False, "bos": True, "top_k": 8}
     same_text(record, dict(record))
     with pytest.raises(SourceError, match="tokens_sha256 is b for the baseline and c"):
         same_text(record, {**record, "tokens_sha256": "c"})
@@ -136,7 +138,7 @@ def test_infinite_log_probability_is_an_error():
     broken = side.logprob.copy()
     broken[5] = -np.inf
     with pytest.raises(SourceError, match="scored token 5 the log-probability -inf"):
-        TokenLogprobs(side.document, side.token, broken, side.top_ids, side.top_logprobs)
+        replace(side, logprob=broken)
 
 
 def test_a_file_that_is_no_archive_is_an_error(tmp_path):
@@ -190,6 +192,35 @@ def test_divergence_over_the_shared_tokens_and_the_rest():
     assert (found["top_k"], found["tokens"]) == (2, 20)
 
 
+def test_the_mean_s_interval_and_delta_p():
+    sides = arrays(baseline_side().logits), arrays(candidate_side().logits)
+    found = divergence(*sides)
+    assert found["mean_low"] < found["mean"] < found["mean_high"]
+    change = np.exp(sides[1].logprob) - np.exp(sides[0].logprob)
+    assert found["delta_p_mean"] == pytest.approx(change.mean())
+    assert found["delta_p_rms"] == pytest.approx(np.sqrt((change**2).mean()))
+    percentiles = found["delta_p_percentiles"]
+    names = ["0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9"]
+    assert list(percentiles) == names
+    assert percentiles["25"] == pytest.approx(np.percentile(change, 25))
+
+
+def test_the_mean_s_interval_covers_at_its_rate(monkeypatch):
+    """Each document has its own mean KL; the truth is their population's."""
+    monkeypatch.setattr("quantize.report.intervals.RESAMPLES", 500)
+    generator = np.random.default_rng(2)
+    document, hits = np.repeat(np.arange(60), 5), 0
+    before = arrays(np.log([[0.5, 0.5]] * 300), np.zeros(300, int), document, 2)
+    for _ in range(300):
+        # KL((½, ½) ‖ (q, 1-q)) = -½ ln(4 q (1-q))
+        nats = generator.gamma(4, 0.01, 60)[document]
+        q = (1 - np.sqrt(1 - np.exp(-2 * nats))) / 2
+        logits = np.log(np.stack([q, 1 - q], axis=1))
+        found = divergence(before, arrays(logits, np.zeros(300, int), document, 2))
+        hits += found["mean_low"] <= 0.04 <= found["mean_high"]
+    assert 0.91 <= hits / 300 <= 0.985
+
+
 def test_divergence_does_not_depend_on_the_pieces_it_is_computed_in(monkeypatch):
     sides = arrays(baseline_side().logits), arrays(candidate_side().logits)
     whole = divergence(*sides)
@@ -214,12 +245,10 @@ def test_equally_likely_tokens_agree_whatever_order_they_come_in():
     token, document = np.zeros(20, int), np.arange(20)
     tied = np.log([[0.4, 0.4, 0.2]] * 20)
     before = arrays(tied, token, document, 3)
-    after = TokenLogprobs(
-        before.document,
-        before.token,
-        before.logprob,
-        before.top_ids[:, [1, 0, 2]],
-        before.top_logprobs[:, [1, 0, 2]],
+    after = replace(
+        before,
+        top_ids=before.top_ids[:, [1, 0, 2]],
+        top_logprobs=before.top_logprobs[:, [1, 0, 2]],
     )
     found = divergence(before, after)
     assert found["top1_agreement"] == 1
@@ -233,9 +262,13 @@ def answers(scores, name="valley_mc"):
     return [sample(name, doc, score) for doc, score in enumerate(scores)]
 
 
-def delta_of(before, after, **changes):
+def delta_of(before, after, cluster_of=0, **changes):
     task = {**task_record("valley_mc", before), **changes}
-    return task_delta(task, answers(before), answers(after))
+    sides = [
+        [sample("valley_mc", doc, score, cluster_of=cluster_of) for doc, score in enumerate(scores)]
+        for scores in (before, after)
+    ]
+    return deltas.task_delta(task, pair("valley_mc", baseline=sides[0], candidate=sides[1]))[0]
 
 
 def test_mcnemar_textbook_case():
@@ -261,15 +294,70 @@ def test_no_flip_is_no_difference_but_not_certainty():
     assert delta["difference_low"] < 0 < delta["difference_high"]
 
 
-def test_graded_scores_have_a_normal_interval_and_no_mcnemar():
+def test_graded_scores_have_the_t_interval_and_no_mcnemar():
     before, after = [0.5, 0.25, 1.0, 0.75], [0.5, 0.5, 0.75, 0.25]
     delta = delta_of(before, after)
-    differences = np.array(after) - np.array(before)
-    error = differences.std(ddof=1) / 2
-    assert delta["difference_low"] == pytest.approx(differences.mean() - 1.959964 * error)
-    assert delta["difference_high"] == pytest.approx(differences.mean() + 1.959964 * error)
+    known = stats.ttest_rel(after, before)
+    low, high = known.confidence_interval(0.95)
+    assert (delta["difference_low"], delta["difference_high"]) == pytest.approx((low, high))
+    assert delta["difference"] / delta["standard_error"] == pytest.approx(known.statistic)
     assert (delta["lost"], delta["gained"]) == (2, 1)
     assert "mcnemar_p" not in delta
+
+
+def test_exact_mcnemar_is_statsmodels():
+    delta = delta_of([1] * 9 + [0] * 4 + [1] * 7, [0] * 9 + [1] * 4 + [1] * 7)
+    known = mcnemar([[7, 9], [4, 0]], exact=True)
+    assert delta["mcnemar_p"] == pytest.approx(known.pvalue)
+
+
+def test_documents_of_one_passage_are_not_independent():
+    """Whole passages of five are lost: twenty flips are four observations."""
+    before = [1] * 200
+    after = [0] * 20 + [1] * 180
+    apart, together = delta_of(before, after), delta_of(before, after, cluster_of=5)
+    groups = {"groups": np.arange(200) // 5}
+    fit = sm.OLS(np.array(after) - np.array(before), np.ones(200)).fit(
+        cov_type="cluster", cov_kwds=groups
+    )
+    assert together["clusters"] == 40
+    assert together["standard_error"] == pytest.approx(fit.bse[0])
+    assert together["difference_low"] < apart["difference_low"] < -0.1
+    assert together["detectable"] > 2 * apart["detectable"]
+    assert "clusters" not in apart
+
+
+def test_recovery_and_its_interval_say_what_the_difference_says():
+    delta = delta_of([1] * 80 + [0] * 20, [1] * 76 + [0] * 4 + [0] * 20)
+    assert delta["recovery"] == pytest.approx(0.95)
+    assert delta["recovery_low"] == pytest.approx(1 + delta["difference_low"] / 0.8)
+    assert delta["recovery_high"] == pytest.approx(1 + delta["difference_high"] / 0.8)
+    lower = delta_of([1.0, 2.0, 3.0, 2.0], [2.0, 3.0, 3.0, 2.0], higher_is_better=False)
+    assert lower["recovery"] == pytest.approx(2 / 2.5)
+    assert lower["recovery_low"] == pytest.approx(2 / (2 + lower["difference_high"]))
+    assert lower["recovery_low"] < lower["recovery"] < lower["recovery_high"]
+    assert "recovery" not in delta_of([0, 0, 0], [0, 1, 0])
+
+
+def test_the_interval_of_recovery_covers_the_population_s():
+    """Baseline right with 0.8; one in twenty of its right answers is lost: recovery 0.95."""
+    generator = np.random.default_rng(1)
+    task, hits = task_record("t", [1]), 0
+    for _ in range(1000):
+        before = generator.random(300) < 0.8
+        after = before & (generator.random(300) > 0.05)
+        paired = Paired(np.array([before, after], dtype=float), None, ([], []))
+        delta, _ = deltas.task_delta(task, paired)
+        hits += delta["recovery_low"] <= 0.95 <= delta["recovery_high"]
+    assert 0.93 <= hits / 1000 <= 0.985
+
+
+def test_detectable_is_wider_than_the_interval_by_the_power():
+    delta = delta_of([1] * 50 + [0] * 50, [0] * 5 + [1] * 45 + [0] * 50)
+    half = (delta["difference_high"] - delta["difference_low"]) / 2
+    assert delta["detectable"] == pytest.approx(half * (1.959964 + 0.841621) / 1.959964, rel=1e-5)
+    unchanged = delta_of([1] * 50 + [0] * 50, [1] * 50 + [0] * 50)
+    assert 0 < unchanged["detectable"] < 0.05
 
 
 def test_lost_means_worse_for_a_metric_that_should_be_low():
@@ -278,58 +366,40 @@ def test_lost_means_worse_for_a_metric_that_should_be_low():
     assert delta["difference"] == pytest.approx(0.1)
 
 
+# --- pairing
+
+
 def test_answers_are_paired_by_document_not_by_line():
-    task = task_record("valley_mc", [1, 0, 1])
-    delta = task_delta(task, answers([1, 0, 1]), answers([1, 0, 1])[::-1])
-    assert (delta["lost"], delta["gained"]) == (0, 0)
+    full = answers([1, 0, 1])
+    found = pair("t", baseline=full, candidate=full[::-1])
+    assert found.scores.tolist() == [[1, 0, 1], [1, 0, 1]]
+    assert found.binary
+    assert found.cluster is None
+    assert [row["doc"] for row in found.samples[1]] == ["0", "1", "2"]
+
+
+def test_a_document_without_a_cluster_is_one_of_its_own():
+    rows = [{**row, "cluster": name} for row, name in zip(answers([1] * 5), "a  ba", strict=True)]
+    rows = [{**row, "cluster": row["cluster"].strip()} for row in rows]
+    cluster = pair("t", baseline=rows).cluster
+    assert cluster.tolist() == [0, 1, 2, 3, 0]
 
 
 def test_what_cannot_be_paired_is_an_error():
-    task, full = task_record("valley_mc", [1, 0, 1]), answers([1, 0, 1])
-    with pytest.raises(SourceError, match="candidate has no answer to document 2"):
-        task_delta(task, full, full[:2])
-    with pytest.raises(SourceError, match="baseline has no answer to document 0"):
-        task_delta(task, full[1:], full)
-    with pytest.raises(SourceError, match="two answers to document 1"):
-        task_delta(task, [*full, full[1]], full)
+    full = answers([1, 0, 1])
+
+    def refuse(before, after, match):
+        with pytest.raises(SourceError, match=match):
+            pair("t", baseline=before, candidate=after)
+
+    refuse(full, full[:2], "the candidate has no answer to document 2")
+    refuse(full[1:], full, "the baseline has no answer to document 0")
+    refuse([*full, full[1]], full, "two answers to document 1")
     asked_otherwise = [full[0], {**full[1], "prompt_sha256": "c" * 64}, full[2]]
-    with pytest.raises(SourceError, match="different prompts for document 1"):
-        task_delta(task, full, asked_otherwise)
-    with pytest.raises(SourceError, match="1 documents: no interval"):
-        task_delta(task, full[:1], full[:1])
-    with pytest.raises(SourceError, match="not finite"):
-        task_delta(task, full, [*full[:2], {**full[2], "score": float("nan")}])
-
-
-# --- gates
-
-
-def compared(ratio, *differences, higher_is_better=True):
-    tasks = [
-        {"name": f"t{i}", "difference": d, "higher_is_better": higher_is_better}
-        for i, d in enumerate(differences)
-    ]
-    return {"perplexity": {"ratio": ratio}, "tasks": tasks}
-
-
-def test_gates_keep_the_margins():
-    margins = Margins(perplexity_ratio=1.05, task_drop=0.02)
-    found = gates(margins, compared(1.06, -0.03, -0.02, 0.5))
-    assert [(g["name"], g["passed"]) for g in found] == [
-        ("perplexity_ratio", False),
-        ("task_drop:t0", False),
-        ("task_drop:t1", True),
-        ("task_drop:t2", True),
-    ]
-    assert found[1]["value"] == pytest.approx(0.03)
-    assert found[1]["limit"] == 0.02
-
-
-def test_gate_of_a_metric_that_should_be_low():
-    found = gates(Margins(task_drop=0.02), compared(1, 0.03, -0.03, higher_is_better=False))
-    assert [g["passed"] for g in found] == [False, True]
-
-
-def test_no_margin_no_gate():
-    assert gates(Margins(), compared(9.0, -1.0)) == []
-    assert gates(Margins(perplexity_ratio=1.05), {"tasks": []}) == []
+    refuse(full, asked_otherwise, "asked different prompts for document 1")
+    refuse(full[:1], full[:1], "1 document: no interval")
+    refuse([], [], "0 documents: no interval")
+    nan = [*full[:2], {**full[2], "score": float("nan")}]
+    refuse(full, nan, "the candidate's score of document 2 is not a finite number")
+    one = [{**row, "cluster": "same"} for row in full]
+    refuse(one, one, "belong to the cluster 'same'")
