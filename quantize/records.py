@@ -216,7 +216,7 @@ class PerplexityDelta(TypedDict):
     ratio_high: float
     scored_tokens: int
     documents: int
-    inside_noise: NotRequired[bool]  # |log ratio| at most that of the baseline measured twice
+    inside_noise: NotRequired[bool]  # |log ratio| at most what the baseline shows against itself
 
 
 class Divergence(TypedDict):
@@ -257,7 +257,8 @@ class TaskDelta(TypedDict):
     lost: int  # worse than before; for 0/1 scores: right before, wrong after
     gained: int
     mcnemar_p: NotRequired[float]  # only for 0/1 scores
-    recovery: NotRequired[float]  # candidate / baseline, where the baseline's is above zero
+    # candidate / baseline (where lower is better, baseline / candidate), the baseline's above zero
+    recovery: NotRequired[float]
     recovery_low: NotRequired[float]
     recovery_high: NotRequired[float]
     detectable: float  # smallest true loss found with 80% power at this n and discordance

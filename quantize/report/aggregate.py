@@ -2,6 +2,7 @@
 
 The p-values are those of Kübler et al., arXiv:2602.10144: each task's one-sided exact McNemar test,
 P(lost or more of the flips | each flip goes either way with probability ½), combined in three ways.
+They take documents as independent, also where the tasks' intervals are clustered.
 """
 
 from __future__ import annotations

@@ -28,20 +28,22 @@ def add_noise(record: CompareRecord, before: Side, repeat: Side) -> None:
             same_text(first, second)
             _add_text_noise(record, noise, text, before, repeat)
         except SourceError as error:
-            _miss(record, f"noise of {text}", error)
+            _miss(record, f"noise of {text}", error.message)
     for name in before.tasks:
         if name not in repeat.tasks:
+            _miss(record, f"noise of task {name}", "the repetition was not measured on it")
             continue
         try:
             paired = pair(name, baseline=before.samples(name), repeat=repeat.samples(name))
         except SourceError as error:
-            _miss(record, f"noise of task {name}", error)
+            _miss(record, f"noise of task {name}", error.message)
             continue
         noise["tasks"].append(task_noise(name, paired))
         for delta in record["tasks"]:
             if delta["name"] == name:
                 delta["inside_noise"] = abs(delta["difference"]) <= task_level(paired)
-    record["noise"] = noise
+    if noise["tasks"] or "kl_mean" in noise:
+        record["noise"] = noise
 
 
 def _add_text_noise(
@@ -59,7 +61,10 @@ def _add_text_noise(
 def add_retention(record: CompareRecord, base: Side, before: Side, after: Side) -> None:
     """What is left of the fine-tune's gain, for each task that all three answered."""
     for name, task in before.tasks.items():
-        if name not in after.tasks or name not in base.tasks:
+        if name not in after.tasks:
+            continue  # its change is already named as not measured
+        if name not in base.tasks:
+            _miss(record, f"retention of task {name}", "the base was not measured on it")
             continue
         try:
             paired = pair(
@@ -69,7 +74,7 @@ def add_retention(record: CompareRecord, base: Side, before: Side, after: Side) 
                 candidate=after.samples(name),
             )
         except SourceError as error:
-            _miss(record, f"retention of task {name}", error)
+            _miss(record, f"retention of task {name}", error.message)
             continue
         record["retention"].append(retention(task, paired))
 
@@ -81,7 +86,7 @@ def add_health(record: CompareRecord, before: Side, after: Side) -> None:
         return
     if first["prompts_sha256"] != second["prompts_sha256"]:
         why = "the two sides were asked different prompts"
-        record["not_measured"].append(Missing(what="change of generation health", why=why))
+        _miss(record, "change of generation health", why)
         return
     # It brings the HTTP client, which no other comparison needs.
     from quantize.measure.health import ended_early
@@ -102,5 +107,5 @@ def add_lint(record: CompareRecord, calibrate: Artifact, before: Side) -> None:
     record["lint"] = lint(rows, calibrate.json("calibrate.json"), documents, templated)
 
 
-def _miss(record: CompareRecord, what: str, error: SourceError) -> None:
-    record["not_measured"].append(Missing(what=what, why=error.message))
+def _miss(record: CompareRecord, what: str, why: str) -> None:
+    record["not_measured"].append(Missing(what=what, why=why))

@@ -133,8 +133,8 @@ class _Comparison:
         self.details["series"][name] = series(*sides, nats)
         self.details["delta_log_p"][name] = histogram(*sides)
         if ratio is not None:
-            documents = delta["documents"]
-            self.questions.append(Question(name, rule, True, worse, ratio - 1, documents))
+            documents, margin = delta["documents"], round(ratio - 1, 12)
+            self.questions.append(Question(name, rule, True, worse, margin, documents))
 
     def add_task(self, name: str) -> None:
         """The difference of one task that both sides answered."""

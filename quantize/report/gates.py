@@ -74,7 +74,8 @@ def _subject(name: str) -> str:
 
 def _would_decide(verdict: Verdict) -> str:
     if "more_documents" in verdict:
-        return f"about {verdict['more_documents']} more documents would decide"
+        more = verdict["more_documents"]
+        return f"about {more} more document{'' if more == 1 else 's'} would decide"
     return verdict["reason"] + "; set another margin"
 
 

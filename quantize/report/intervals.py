@@ -143,7 +143,7 @@ def paired_mean(values: Floats, cluster: Integers | None = None, *, binary: bool
       a width without any flip too; it is normal, and lies within [-1, 1].
     - With `cluster` (documents,): the cluster-robust error of :func:`clustered_error` with t of G-1
       degrees of freedom for G clusters (Miller, arXiv:2411.00640); the two added flips of 0/1
-      scores are clusters of their own.
+      scores are clusters of their own. Of few clusters of very unequal size it is too narrow.
 
     At least two documents, and two clusters.
     """
