@@ -67,6 +67,12 @@ class PerplexityText(Block):
         description="Tokens between two windows' starts; window (no overlap) if absent. With "
         "less, a token is scored where it has the most context.",
     )
+    bos: Literal["window", "once"] = Field(
+        "window",
+        description="Where BOS stands, if the tokenizer has one: before every window, or once "
+        "before the text, as in the scripts behind the literature's WikiText-2 figures; those "
+        "leave out what follows the last whole window, too.",
+    )
     windows: PositiveInt | None = Field(None, description="Windows at most, from the start.")
     top_k: Annotated[int, Field(ge=1, le=1000)] = Field(
         20, description="Log-probabilities kept per position, for KL divergence."

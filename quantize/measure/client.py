@@ -13,6 +13,7 @@ import httpx
 from quantize.errors import SourceError, ToolError, TransientError
 
 TIMEOUT_SECONDS = 600.0
+MAX_CONNECTIONS = 512
 IMPOSSIBLE = -9999.0
 """What vLLM writes for a log-probability of -inf, which JSON cannot hold."""
 NOT_A_NUMBER = (
@@ -54,7 +55,7 @@ class Client:
             base_url=base_url,
             timeout=TIMEOUT_SECONDS,
             trust_env=False,  # a proxy has no business with the loopback interface
-            limits=httpx.Limits(max_connections=256),
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
         )
 
     def healthy(self) -> bool:
@@ -72,14 +73,14 @@ class Client:
         """Tokens of prompt and answer together."""
         return int(self._get("/v1/models").json()["data"][0]["max_model_len"])
 
-    def complete(self, prompt: str, max_tokens: int) -> Answer:
-        """Greedy completion of a text."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0}
+    def complete(self, prompt: str, max_tokens: int, **more: Any) -> Answer:
+        """Greedy completion of a text; `more` are further keys of the request."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0, **more}
         return _answer(*self._post("/v1/completions", body), ("text",))
 
-    def chat(self, messages: Sequence[dict[str, str]], max_tokens: int) -> Answer:
+    def chat(self, messages: Sequence[dict[str, str]], max_tokens: int, **more: Any) -> Answer:
         """Greedy answer to a conversation, through the checkpoint's chat template."""
-        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0, **more}
         return _answer(*self._post("/v1/chat/completions", body), ("message", "content"))
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:

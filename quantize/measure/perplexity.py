@@ -1,20 +1,25 @@
 """Held-out text through the server: log-probabilities per token, for perplexity and KL.
 
 Each document is cut into windows of its own: BOS (where the tokenizer adds one) and up to
-`window - 1` tokens; without BOS the window's first token is context only. Windows do not overlap,
-so every token but the first ones is scored once, with at most `window - 1` tokens of context.
+`window - 1` tokens; without BOS the first token is context only. Without a stride windows do not
+overlap. With one, a window scores only what no earlier window has: every token is scored once, in
+the first window that holds it, which is the one with the most context.
 
     perplexity = exp(-Σ log p(token | window so far) / scored tokens)
 
-lm-evaluation-harness' `word_perplexity` normalises the same sum by words instead of tokens; the
-literature's WikiText-2 figures join all documents before cutting.
+`bos: once` is the literature's WikiText-2, as in the scripts of GPTQ (arXiv:2210.17323, `llama.py`)
+and AWQ (arXiv:2306.00978, `entry.py`): the rows joined by blank lines are tokenized as one text,
+BOS stands at its start alone, and what is left after the last whole window is not scored. They
+average over windows of equal length, which is the same number.
+
+lm-evaluation-harness' `word_perplexity` normalises the same sum by words instead of tokens.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +38,11 @@ MAX_NATS = 700.0
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids that are scored in one request; the first is context only."""
+    """Token ids that are sent in one request; those before `first` are context only."""
 
     document: int
     tokens: tuple[int, ...]
+    first: int = 1
 
 
 def measure(
@@ -51,14 +57,13 @@ def measure(
     documents = read_documents(path, text.field)
     if text.join:
         documents = ["\n\n".join(documents)]
-    limit = text.windows
-    windows, bos = cut(client, documents, text.window, limit)
+    windows, bos = cut(client, documents, text)
     with ThreadPoolExecutor(concurrency) as pool:
         futures = [pool.submit(client.score, window.tokens, text.top_k) for window in windows]
         scored = []
         try:
             for done, future in enumerate(futures, 1):
-                scored.append(future.result())
+                scored.append(_new(future.result(), windows[done - 1].first))
                 on_progress(done, len(windows))
         except BaseException:  # also when interrupted: the windows that wait are not asked any more
             pool.shutdown(wait=False, cancel_futures=True)
@@ -74,11 +79,14 @@ def measure(
     return {
         "text": path.name if path.name == Path(text.text).name else text.text,
         "text_sha256": file_sha256(path),
-        "tokens_sha256": digest([[w.document, *w.tokens] for w in windows]),
+        "tokens_sha256": digest([[w.document, w.first, *w.tokens] for w in windows]),
         "documents": len({window.document for window in windows}),
         "windows": len(windows),
         "window": text.window,
-        "bos": bos,
+        "stride": _stride(text, len(bos)),
+        "joined": text.join,
+        "bos": bool(bos),
+        "excluded": _excluded(text, len(bos)),
         "top_k": text.top_k,
         "scored_tokens": tokens,
         "total_nats": total_nats,
@@ -108,32 +116,69 @@ def read_documents(path: Path, field: str) -> list[str]:
         if not isinstance(text, str):
             raise SourceError(
                 f"{path}:{number}: `{field}` is {json.dumps(text)[:40]}, not a text",
-                "correct the row, or name another column as perplexity.field",
+                "correct the row, or name another column as the text's field",
             )
         documents.append(text)
     return documents
 
 
 def cut(
-    client: Client, documents: Sequence[str], window: int, limit: int | None
-) -> tuple[list[Window], bool]:
-    """Windows of the documents in order, and whether each begins with BOS."""
+    client: Client, documents: Sequence[str], text: PerplexityText
+) -> tuple[list[Window], tuple[int, ...]]:
+    """Windows of the documents in order, and what the tokenizer puts in front of a text (BOS)."""
     plain = client.tokenize("a", special=False)
-    special = client.tokenize("a", special=True)
-    bos = _before(special, plain)
-    step = window - len(bos)
+    bos = _before(client.tokenize("a", special=True), plain)
+    once, size = text.bos == "once", _size(text, len(bos))
     windows: list[Window] = []
     for index, document in enumerate(documents):
-        tokens = client.tokenize(document, special=False)
-        for start in range(0, len(tokens), step):
-            piece = bos + tuple(tokens[start : start + step])
-            if len(piece) > 1:
-                windows.append(Window(index, piece))
-        if limit is not None and len(windows) >= limit:
+        tokens = (*(bos if once else ()), *client.tokenize(document, special=False))
+        for start, end, new in _slide(len(tokens), size, _stride(text, len(bos))):
+            piece = (*(() if once else bos), *tokens[start:end])
+            first = max(new - end + len(piece), 1)
+            if first < len(piece) and not (once and len(piece) < size):
+                windows.append(Window(index, piece, first))
+        if text.windows is not None and len(windows) >= text.windows:
             break
     if not windows:
         raise SourceError("the held-out text has no tokens", "give it documents with text")
-    return windows[:limit], bool(bos)
+    return windows[: text.windows], bos
+
+
+def _slide(length: int, size: int, step: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first token that no earlier window has) of the windows over `length` tokens."""
+    start = seen = 0
+    while seen < length:
+        end = min(start + size, length)
+        yield start, end, seen
+        start, seen = start + step, end
+
+
+def _size(text: PerplexityText, bos: int) -> int:
+    """Tokens of the text in one window."""
+    return text.window if text.bos == "once" else text.window - bos
+
+
+def _stride(text: PerplexityText, bos: int) -> int:
+    """Tokens between two windows' starts; never so many that tokens are left out."""
+    size = _size(text, bos)
+    return min(text.stride or size, size)
+
+
+def _excluded(text: PerplexityText, bos: int) -> str:
+    """Which tokens are not scored, in words."""
+    overlap = _stride(text, bos) < _size(text, bos)
+    if text.bos == "once":
+        where = "text" if overlap else "window"
+        stands = ", BOS at the start of the text alone" if bos else ""
+        return f"the first token of each {where}{stands}; what is left after the last whole window"
+    if bos:
+        return "nothing but BOS, which begins each window"
+    return f"the first token of each {'document' if overlap else 'window'}; no BOS is added"
+
+
+def _new(prompt: ScoredPrompt, first: int) -> ScoredPrompt:
+    """Of a window, what no earlier one has."""
+    return ScoredPrompt(prompt.logprobs[first - 1 :], prompt.top[first - 1 :])
 
 
 def _before(special: list[int], plain: list[int]) -> tuple[int, ...]:
@@ -159,9 +204,12 @@ def _save(
     arrays = {
         "document": np.repeat(
             np.asarray([w.document for w in windows], np.int32),
-            [len(w.tokens) - 1 for w in windows],
+            [len(w.tokens) - w.first for w in windows],
         ),
-        "token": np.concatenate([np.asarray(w.tokens[1:], np.int32) for w in windows]),
+        "token": np.concatenate([np.asarray(w.tokens[w.first :], np.int32) for w in windows]),
+        "position": np.concatenate(
+            [np.arange(w.first, len(w.tokens), dtype=np.int32) for w in windows]
+        ),
         "logprob": np.concatenate([np.asarray(s.logprobs, np.float32) for s in scored]),
         "top_ids": top_ids,
         "top_logprobs": top_logprobs,

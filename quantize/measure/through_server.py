@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import model_folder
 from quantize.errors import SourceError
-from quantize.machine import device_name
-from quantize.measure import perplexity, smoke
-from quantize.measure.client import Client
+from quantize.measure import health, perplexity, smoke
 from quantize.measure.parts import Parts
-from quantize.model_files import read_json_object
-from quantize.process import Process, hub_token
+from quantize.measure.scope import Scope
+from quantize.measure.serving import SERVED_NAME, Running, describe, serve, special_tokens
+from quantize.process import hub_token
 from quantize.recipe_file import load_prompts
-from quantize.records import MeasureRecord, Server, Serving
+from quantize.records import MeasureRecord, Serving
 from quantize.resolve import own_task_names
 from quantize.servers import SERVERS
-from quantize.servers.base import Launch
 from quantize.stages.base import StageContext
 from quantize.suite import PerplexityText, Suite, TaskRef
 
-SERVED_NAME = "model"
 PROMETHEUS = (
     "vllm:prompt_tokens_total",
     "vllm:generation_tokens_total",
@@ -38,127 +31,144 @@ PROMETHEUS = (
 """Counters that say how the server was used, kept as they stood at the end."""
 
 
-@dataclass
-class Running:
-    """A server that answers."""
-
-    client: Client
-    process: Process
-    port: int
-    launch: Launch
-    start_seconds: float
-
-
-def measure(context: StageContext, suite: Suite, record: MeasureRecord) -> None:
+def measure(context: StageContext, scope: Scope, record: MeasureRecord) -> None:
     """Fill in the record; a part that an earlier, killed run has finished is taken over."""
     for environment in context.entry.environments:  # before a server waits for an install
         context.runner.python(environment)
     parts = Parts(context.work)
-    samples = context.files / "samples"
-    with _server(context, suite) as running:
-        concurrency = context.recipe.serve.max_num_seqs
-        record["server"] = _describe(context, running)
-        record["smoke"] = parts.get("smoke", lambda: _smoke(context, running))
-        if suite.perplexity is not None:
-            record["perplexity"] = parts.get(
-                "perplexity", lambda: _perplexity(context, running, concurrency)
-            )
-            _take(context, "token_logprobs.npz", context.files)
-        if suite.tasks:
-            samples.mkdir()
-        for task in suite.tasks:
-            result = parts.get(
-                f"task:{task.name}",
-                lambda: _task(context, running, task, concurrency),  # noqa: B023
-            )
-            context.versions.update(result.pop("versions"))
-            record["tasks"].append(result)
-            _take(context, f"{task.name}.jsonl", samples)
-        record["serving"] = parts.get("load", lambda: _load(context, running, suite))
+    with serve(context, scope) as running:
+        record["server"] = describe(context, running)
+        record["concurrency"] = running.concurrency
+        if scope.everything:
+            record["smoke"] = parts.get("smoke", lambda: _smoke(context, running))
+        _texts(context, scope, running, parts, record)
+        _tasks(context, scope.suite.tasks, running, parts, record)
+        if scope.everything:
+            _health(context, scope, running, parts, record)
+            record["serving"] = parts.get("load", lambda: _load(context, running, scope.suite))
         parts.seconds["server start"] = running.start_seconds
         context.versions[context.recipe.serve.engine] = record["server"]["version"]
     record["seconds"] = {name: round(value, 2) for name, value in parts.seconds.items()}
     record["versions"] = dict(context.versions)
 
 
-@contextmanager
-def _server(context: StageContext, suite: Suite) -> Iterator[Running]:
-    backend = SERVERS[context.recipe.serve.engine]
-    top_k = suite.perplexity.top_k if suite.perplexity else 1
-    launch = Launch(
-        python=context.runner.python(backend.ENVIRONMENT),
-        model=model_folder(context.inputs["model"]),
-        served_name=SERVED_NAME,
-        port=_free_port(),
-        accelerator=context.resolved.accelerator,
-        serve=context.recipe.serve,
-        max_logprobs=top_k,
-    )
-    label = f"{context.entry.id}-server"
-    command, variables = backend.command(launch), backend.variables(launch)
-    with context.runner.process(command, label, env=variables) as process:
-        client = Client(f"http://127.0.0.1:{launch.port}", SERVED_NAME)
-        seconds = context.runner.wait_until(
-            process, client.healthy, "vLLM server", backend.START_SECONDS, backend.explain
+def _texts(
+    context: StageContext, scope: Scope, running: Running, parts: Parts, record: MeasureRecord
+) -> None:
+    """The suite's held-out text and the user's own, each with its file of tokens."""
+    if (text := scope.perplexity) is not None:
+        name = "token_logprobs.npz"
+        record["perplexity"] = parts.get(
+            "perplexity", lambda: _perplexity(context, running, "text", text, name)
         )
-        runner = context.runner
-        try:
-            with runner.tool(label), runner.blaming(process, "vLLM server", backend.explain):
-                yield Running(client, process, launch.port, launch, seconds)
-        finally:
-            client.close()
+        _take(context, name, context.files)
+    if (own := scope.own_text) is not None:
+        name = "own_token_logprobs.npz"
+        record["own_perplexity"] = parts.get(
+            "own_perplexity", lambda: _perplexity(context, running, "own_text", own, name)
+        )
+        _take(context, name, context.files)
+
+
+def _tasks(
+    context: StageContext,
+    tasks: Sequence[TaskRef],
+    running: Running,
+    parts: Parts,
+    record: MeasureRecord,
+) -> None:
+    samples = context.files / "samples"
+    if tasks:
+        samples.mkdir()
+    for task in tasks:
+        result = parts.get(
+            f"task:{task.name}",
+            lambda: _task(context, running, task),  # noqa: B023
+        )
+        context.versions.update(result.pop("versions"))
+        record["tasks"].append(result)
+        _take(context, f"{task.name}.jsonl", samples)
+
+
+def _health(
+    context: StageContext, scope: Scope, running: Running, parts: Parts, record: MeasureRecord
+) -> None:
+    if scope.suite.health is None:
+        return
+    found = parts.get("health", lambda: _answers(context, scope, running))
+    record["not_measured"] += found["not_measured"]
+    if "health" in found:
+        record["health"] = found["health"]
+        _take(context, "health.jsonl", context.files)
+
+
+def _answers(context: StageContext, scope: Scope, running: Running) -> dict[str, Any]:
+    """Generation health as a part: its rates, and what was refused."""
+    assert scope.suite.health is not None
+    step = context.runner.progress.step
+    rates, refused = health.measure(
+        running.client,
+        health.read_prompts(context.resolved.paths["health"], scope.health_prompts),
+        scope.suite.health.max_tokens,
+        special_tokens(running.launch.model),
+        context.work / "health.jsonl",
+        running.concurrency,
+        lambda done, of: step("generation health", done, of, "prompts"),
+    )
+    return {"not_measured": refused} | ({"health": rates} if rates is not None else {})
 
 
 def _smoke(context: StageContext, running: Running) -> Any:
     prompts = load_prompts(context.resolved.paths["prompts"])
-    special = _special_tokens(running.launch.model)
+    special = special_tokens(running.launch.model)
     step = context.runner.progress.step
     return smoke.measure(
         running.client, prompts, special, lambda done, of: step("smoke prompts", done, of)
     )
 
 
-def _perplexity(context: StageContext, running: Running, concurrency: int) -> Any:
-    suite = context.resolved.suite
-    assert suite is not None
-    text = suite.perplexity
-    assert text is not None
+def _perplexity(
+    context: StageContext, running: Running, name: str, text: PerplexityText, output: str
+) -> Any:
+    """Score the text that the resolved inputs call `name`."""
+    path = _text_file(context, name, text)
     step = context.runner.progress.step
-    path = _text_file(context, text)
+    what = "held-out text" if name == "text" else "own text"
     return perplexity.measure(
         running.client,
         text,
         path,
-        context.work / "token_logprobs.npz",
-        concurrency,
-        lambda done, of: step("held-out text", done, of, "windows"),
+        context.work / output,
+        running.concurrency,
+        lambda done, of: step(what, done, of, "windows"),
     )
 
 
-def _text_file(context: StageContext, text: PerplexityText) -> Path:
-    """The suite's own file, or the Hub data set's column written to one."""
-    if "text" in context.resolved.paths:
-        return context.resolved.paths["text"]
-    output = context.work / "held-out.jsonl"
-    commit = context.resolved.commit("text")
-    body = text.model_dump(mode="json") | {"output": str(output), "revision": commit}
-    context.runner.worker(
-        "lmeval", "texts", body, work=context.work, label="held-out-text", env=hub_token()
-    )
+def _text_file(context: StageContext, name: str, text: PerplexityText) -> Path:
+    """A local file, or the Hub data set's column written to one."""
+    if name in context.resolved.paths:
+        return context.resolved.paths[name]
+    output = context.work / f"{name}.jsonl"
+    keys = {"text": "perplexity.field in the suite", "own_text": "evaluate.text.field"}
+    body = text.model_dump(mode="json") | {
+        "output": str(output),
+        "revision": context.resolved.commit(name),
+        "key": keys[name],
+    }
+    label = f"{context.entry.id}-{name.replace('_', '-')}"
+    context.runner.worker("lmeval", "texts", body, work=context.work, label=label, env=hub_token())
     return output
 
 
-def _task(
-    context: StageContext, running: Running, task: TaskRef, concurrency: int
-) -> dict[str, Any]:
+def _task(context: StageContext, running: Running, task: TaskRef) -> dict[str, Any]:
     own_tasks = context.resolved.paths.get("tasks")
     label = f"{context.entry.id}-{task.name}"
     body = task.model_dump(mode="json", exclude={"name", "higher_is_better"}) | {
         "task": task.name,
         "base_url": f"{running.client.base_url}/v1/completions",
         "model": SERVED_NAME,
-        "tokenizer": str(running.launch.model),
-        "concurrency": concurrency,
+        "tokenizer": str(running.tokenizer),
+        "concurrency": running.concurrency,
         "max_length": running.client.max_model_len(),
         "tasks_folder": str(own_tasks) if own_tasks else None,
         "samples": str(context.work / f"{task.name}.jsonl"),
@@ -210,37 +220,9 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
         "requests_per_second": values["request_throughput"],
         "prometheus": {name: metrics[name] for name in PROMETHEUS if name in metrics},
     }
-    backend = SERVERS[context.recipe.serve.engine]
-    tokens = backend.kv_cache_tokens(metrics, running.process.output())
-    if tokens is not None:
-        serving["kv_cache_tokens"] = tokens
+    if running.kv_cache_tokens is not None:
+        serving["kv_cache_tokens"] = running.kv_cache_tokens
     return serving
-
-
-def _describe(context: StageContext, running: Running) -> Server:
-    """The server as it answered; paths and the port stand as placeholders."""
-    hidden = {
-        str(running.launch.python): "python",
-        str(running.launch.model): "MODEL",
-        str(running.port): "PORT",
-    }
-    return {
-        "name": context.recipe.serve.engine,
-        "version": running.client.version(),
-        "command": [hidden.get(part, part) for part in running.process.command],
-        "accelerator": context.resolved.accelerator,
-        "device": device_name(context.resolved.accelerator),
-        "start_seconds": round(running.start_seconds, 2),
-    }
-
-
-def _special_tokens(model: Path) -> list[str]:
-    """Texts of the tokenizer's special tokens, from `tokenizer.json`."""
-    path = model / "tokenizer.json"
-    if not path.exists():
-        return []
-    added = read_json_object(path).get("added_tokens", [])
-    return [str(token["content"]) for token in added if token.get("special")]
 
 
 def _take(context: StageContext, name: str, folder: Path) -> None:
@@ -249,9 +231,3 @@ def _take(context: StageContext, name: str, folder: Path) -> None:
     if not source.exists():
         raise SourceError(f"{source} is missing", "delete the folder and run the command again")
     shutil.copyfile(source, folder / name)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

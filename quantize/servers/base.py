@@ -20,6 +20,7 @@ class Launch:
     accelerator: str  # cpu or cuda
     serve: Serve
     max_logprobs: int
+    tokenizer: Path | None = None  # another checkpoint's folder; the model's own if absent
 
 
 class Server(Protocol):

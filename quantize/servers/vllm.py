@@ -54,6 +54,8 @@ def command(launch: Launch) -> list[str]:
     arguments += ["--tensor-parallel-size", str(serve.tensor_parallel_size)]
     # Sampling defaults of the checkpoint would make greedy requests differ between tools.
     arguments += ["--generation-config", "vllm"]
+    if launch.tokenizer is not None:
+        arguments += ["--tokenizer", str(launch.tokenizer)]
     if serve.max_model_len is not None:
         arguments += ["--max-model-len", str(serve.max_model_len)]
     caching = "--enable-prefix-caching"

@@ -1,39 +1,58 @@
 """Serve a checkpoint and measure it through the server: smoke, perplexity, tasks, load.
 
-The same code for the baseline and the candidate. Each part is kept as soon as it is finished, so a
+The same code for the baseline and the candidate, the baseline a second time (measure-repeat) and
+the model that was fine-tuned (measure-base). Each part is kept as soon as it is finished, so a
 killed measurement goes on with the next part.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import model_folder
+from quantize.checkpoint import EMBEDDING, model_folder, read_checkpoint
+from quantize.measure.scope import Scope, scope
+from quantize.model_files import read_json_object
 from quantize.protocol import write_json
 from quantize.records import MEASURE_SCHEMA, MeasureRecord, Missing
 from quantize.servers import SERVERS
 from quantize.stages.base import Resolved, StageContext
 
-VERSION = 1
+VERSION = 2
 
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
-    """The server's environment, and lm-eval's where the suite has tasks."""
+    """The server's environment, and lm-eval's for tasks and for text from the Hub."""
     server = SERVERS[resolved.recipe.serve.engine].ENVIRONMENT
-    suite = resolved.suite
-    return (server, "lmeval") if suite is not None and suite.tasks else (server,)
+    if resolved.suite is None:
+        return (server,)
+    asked = scope(resolved, entry_id)
+    from_hub = any(name not in resolved.paths for name in _texts(asked))
+    return (server, "lmeval") if asked.suite.tasks or from_hub else (server,)
 
 
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
-    """The suite with everything it names, how it is served, and on what."""
+    """The suite with everything of it that this stage asks, how it is served, and on what."""
+    asked = scope(resolved, entry_id)
+    names = ["suite", *_texts(asked)]
+    names += ["prompts"] if asked.everything else []
+    names += ["health"] if asked.everything and asked.suite.health else []
+    names += ["tasks"] if asked.suite.tasks_folder else []
+    inputs: dict[str, Any] = {name: resolved.digests[name] for name in names}
+    if asked.own_text is not None:  # the digest of a Hub data set does not say which part of it
+        inputs["own_text_from"] = asked.own_text.model_dump(
+            mode="json", include={"config", "split", "field"}
+        )
     serve = resolved.recipe.serve.model_dump(mode="json", exclude={"tensor_parallel_sizes"})
-    suite = resolved.suite
-    assert suite is not None, "the planner adds this stage only for a suite"
-    names = ["suite", "prompts"]
-    names += ["text"] if suite.perplexity else []
-    names += ["tasks"] if suite.tasks_folder else []
-    digests = {name: resolved.digests[name] for name in names}
-    return {**digests, "serve": serve, "accelerator": resolved.accelerator}
+    again = {"again": 1} if asked.again else {}
+    scoped = {"quick": asked.quick} | again
+    return {**inputs, **scoped, "serve": serve, "accelerator": resolved.accelerator}
+
+
+def _texts(asked: Scope) -> list[str]:
+    """The held-out texts that are asked for, by the names that the resolved inputs give them."""
+    texts = {"text": asked.perplexity, "own_text": asked.own_text}
+    return [name for name, text in texts.items() if text is not None]
 
 
 def unservable(resolved: Resolved) -> str | None:
@@ -45,37 +64,76 @@ def unservable(resolved: Resolved) -> str | None:
 
 
 def run(context: StageContext) -> None:
-    """Write `record.json`, `token_logprobs.npz` and `samples/<task>.jsonl`."""
-    suite = context.resolved.suite
-    assert suite is not None, "the planner adds this stage only for a suite"
-    candidate = context.entry.id == "measure-candidate"
-    reason = unservable(context.resolved) if candidate else None
+    """Write `record.json` and beside it the values per token, document and prompt."""
+    asked = scope(context.resolved, context.entry.id)
     record: MeasureRecord = {
         "schema": MEASURE_SCHEMA,
         "subject": _subject(context),
-        "suite": suite.name,
+        "suite": asked.suite.name,
         "smoke": [],
         "tasks": [],
+        "quick": asked.quick,
         "not_measured": [],
         "versions": {},
         "seconds": {},
     }
-    if reason:
-        record["not_measured"].append(Missing(what="everything that needs the server", why=reason))
+    missing = _cannot(context)
+    if missing is not None:
+        record["not_measured"].append(missing)
     else:
         # Its HTTP client would cost every `plan` a quarter of a second.
         from quantize.measure.through_server import measure
 
-        measure(context, suite, record)
+        measure(context, asked, record)
     write_json(context.files / "record.json", record)
 
 
+def _cannot(context: StageContext) -> Missing | None:
+    """Why nothing can be asked of the served model, if that is so."""
+    if context.entry.id == "measure-candidate":
+        reason = unservable(context.resolved)
+        return Missing(what="everything that needs the server", why=reason) if reason else None
+    if context.entry.id == "measure-base":
+        base, fine_tune = (model_folder(context.inputs[role]) for role in ("model", "fetch"))
+        rows, largest = embedding_rows(base), largest_token_id(fine_tune)
+        if largest >= rows:
+            return Missing(
+                what="tasks",
+                why=f"the fine-tune's tokenizer has token ids up to {largest}, and the base model "
+                f"has embeddings for {rows} tokens: it cannot be asked the same prompts",
+            )
+    return None
+
+
+def embedding_rows(folder: Path) -> int:
+    """Tokens that a checkpoint knows: its `vocab_size`, or else its input embedding's rows."""
+    checkpoint = read_checkpoint(folder)
+    stated = checkpoint.dimension("vocab_size")
+    if stated is not None:
+        return stated
+    found = [info for name, info in checkpoint.tensors.items() if EMBEDDING.search(name)]
+    return max(int(info.shape[0]) for info in found)
+
+
+def largest_token_id(folder: Path) -> int:
+    """The largest id that the tokenizer can give; -1 where only `tokenizer.model` tells."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return -1
+    tokenizer = read_json_object(path)
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+    return max((int(number) for number in ids), default=-1)
+
+
 def _subject(context: StageContext) -> Any:
-    source = context.inputs["fetch"].json("source.json")
+    """The served checkpoint; a compressed one has the parameters of what it was made from."""
     artifact = context.inputs["model"]
+    fetched = artifact if artifact.manifest.kind == "fetch" else context.inputs["fetch"]
     weights = model_folder(artifact).glob("*.safetensors")
     return {
         "key": artifact.manifest.key,
         "bytes": sum(path.stat().st_size for path in weights),
-        "parameters": source["parameters"],
+        "parameters": fetched.json("source.json")["parameters"],
     }

@@ -3,34 +3,45 @@
 Runs in the lmeval environment. A task's `data_files` are relative to the folder of its YAML file.
 
 Request body: `base_url` (of `/v1/completions`), `model` (served name), `tokenizer` (folder),
-`task`, `metric`, `filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`,
-`concurrency`, `max_length`, `tasks_folder` (or null), `samples` (output file).
-Result body: `score`, `standard_error`, `documents`, `version`, `prompts_sha256`, `versions`.
+`task`, `metric`, `filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`, `repeats`,
+`temperature` (or null), `cluster` (or null), `concurrency`, `max_length`, `tasks_folder` (or null),
+`samples` (output file).
+Result body: `score`, `standard_error`, `documents`, `repeats`, `clusters` (where there are any),
+`version`, `prompts_sha256`, `versions`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-import math
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tqdm
 
-from quantize.protocol import Events, Request, WorkerError, worker_main, write_atomic
+from quantize.protocol import Events, Request, WorkerError, worker_main
+from quantize.workers.samples import collect
+
+SEED = 1234
+"""Of the first time that a sampled task is asked; the next one's is one more."""
+TIMEOUT_SECONDS = 3600
+"""Of a request: on a full server most of it is waiting for the ones before."""
+AGAIN = "run the same command again; finished parts are not repeated"
 
 
 def run(request: Request, events: Events) -> dict[str, Any]:
     """Evaluate the task and write one line per document."""
-    _report_progress(events, request.body["task"])
-    import lm_eval
+    body = request.body
+    _report_progress(events, body["task"])
     from lm_eval.tasks import TaskManager
 
-    body = request.body
-    manager = TaskManager(include_path=body["tasks_folder"])
+    try:
+        manager = TaskManager(include_path=body["tasks_folder"])
+    except OSError as error:
+        raise WorkerError("SourceError", f"{body['tasks_folder']}: {error}") from error
     if body["task"] not in manager.all_tasks:
         raise WorkerError(
             "SourceError",
@@ -39,7 +50,22 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         )
     if body["tasks_folder"]:  # datasets looks for local files from the working directory
         os.chdir(Path(manager.task_index[body["task"]].yaml_path).parent)
-    results = lm_eval.simple_evaluate(
+    with _explained(body["task"]):
+        loaded = manager.load([body["task"]])
+        check_documents(body, loaded["tasks"])
+        group = loaded.get("groups", {}).get(body["task"])
+        tasks = [group] if group is not None else list(loaded["tasks"].values())
+        answers = [_ask(body, tasks, manager, SEED + number) for number in range(body["repeats"])]
+    return collect(body, answers) | {"versions": {"lm-eval": importlib.metadata.version("lm-eval")}}
+
+
+def _ask(body: dict[str, Any], tasks: list[Any], manager: Any, seed: int) -> dict[str, Any]:
+    """lm-eval's results of the task, every document asked once."""
+    import lm_eval
+
+    temperature = body["temperature"]
+    sampled = None if temperature is None else {"do_sample": True, "temperature": temperature}
+    results: dict[str, Any] = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
             "model": body["model"],
@@ -50,92 +76,139 @@ def run(request: Request, events: Events) -> dict[str, Any]:
             "num_concurrent": body["concurrency"],
             "max_length": body["max_length"],
             "max_retries": 3,
+            "timeout": TIMEOUT_SECONDS,
+            "seed": seed,
         },
-        tasks=[body["task"]],
+        tasks=tasks,
         num_fewshot=body["num_fewshot"],
         limit=body["limit"],
         apply_chat_template=body["apply_chat_template"],
+        gen_kwargs=sampled,
         log_samples=True,
         bootstrap_iters=0,
         task_manager=manager,
     )
-    return _collect(body, results)
+    return results
 
 
-def _collect(body: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    rows, scores, prompts = [], [], hashlib.sha256()
-    # A group task (MMLU) has subtasks, whose document ids begin anew.
-    group = len(results["samples"]) > 1
-    samples = [
-        (f"{task}/" if group else "", sample)
-        for task in sorted(results["samples"])
-        for sample in results["samples"][task]
-        if sample["filter"] == body["filter"]
-    ]
-    if not samples:
-        known = sorted({s["filter"] for task in results["samples"].values() for s in task})
-        raise WorkerError(
-            "SourceError",
-            f"task {body['task']} has no filter {body['filter']!r}",
-            f"use one of {known} in the suite",
-        )
-    for prefix, sample in samples:
-        prompt = json.dumps([_plain(request) for request in _arguments(sample)])
-        prompts.update(prompt.encode())
-        scores.append(_score(body, sample))
-        rows.append(
-            {
-                "doc": prefix + str(sample["doc"].get("id", sample["doc_id"])),
-                "group": str(sample["doc"].get("group", prefix)),
-                "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
-                "target": str(sample["target"]),
-                "response": json.dumps(sample["filtered_resps"], ensure_ascii=False),
-                "score": scores[-1],
-            }
-        )
-    write_atomic(
-        Path(body["samples"]), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
-    count = len(rows)
-    mean = math.fsum(scores) / count
-    variance = math.fsum((score - mean) ** 2 for score in scores) / max(count - 1, 1)
-    return {
-        "score": mean,
-        "standard_error": math.sqrt(variance / count),
-        "documents": count,
-        "version": str(results["versions"].get(body["task"], "")),
-        "prompts_sha256": prompts.hexdigest(),
-        "versions": {"lm-eval": importlib.metadata.version("lm-eval")},
-    }
+def check_documents(body: dict[str, Any], tasks: dict[str, Any]) -> None:
+    """Render every document before the first is asked: a missing field or answer is an error.
+
+    lm-eval scores a document whose answer is null, or not among its choices, as wrong.
+    """
+    for name, task in tasks.items():
+        if body["temperature"] is not None and task.OUTPUT_TYPE != "generate_until":
+            raise WorkerError(
+                "SourceError",
+                f"task {name} does not generate text: it cannot be sampled",
+                "remove temperature and repeats from the task in the suite",
+            )
+        documents = task.doc_iterator(rank=0, limit=body["limit"], world_size=1)
+        for number, document in documents:
+            problem = _problem(task, document)
+            if problem:
+                known = document.get("id", number) if isinstance(document, dict) else number
+                raise WorkerError(
+                    "SourceError",
+                    f"task {name}, document {known}: {problem}",
+                    "correct the document, or the fields that the task's YAML file names",
+                )
 
 
-def _score(body: dict[str, Any], sample: dict[str, Any]) -> float:
+def _problem(task: Any, document: Any) -> str:
+    """What is wrong with a document as the task reads it, or ""."""
+    from jinja2 import UndefinedError
+
     try:
-        score = float(sample[body["metric"]])
-    except KeyError:
+        text, target = task.doc_to_text(document), task.doc_to_target(document)
+        choices = None
+        if task.OUTPUT_TYPE == "multiple_choice" and getattr(task.config, "doc_to_choice", None):
+            choices = task.doc_to_choice(document)
+    except (UndefinedError, KeyError, IndexError, TypeError, ValueError) as error:
+        return f"it has not what the task asks for: {type(error).__name__}: {error}"
+    if _is_missing(task, document, target):
+        return "it has no answer"
+    if choices is not None:
+        gold = text if getattr(task, "multiple_input", 0) else target
+        right = gold if isinstance(gold, list) else [gold]
+        known = range(len(choices))
+        if not all(one in known if isinstance(one, int) else one in choices for one in right):
+            return f"its answer {gold!r} is none of its {len(choices)} choices"
+    return ""
+
+
+def _is_missing(task: Any, document: Any, target: Any) -> bool:
+    """Whether the answer is null; a template writes that as the word None."""
+    if target is None:
+        return True
+    from jinja2 import Environment, meta
+
+    template = task.config.doc_to_target
+    if not isinstance(template, str) or not isinstance(document, dict):
+        return False
+    fields = meta.find_undeclared_variables(Environment().parse(template)) or {template}
+    null = any(name in document and document[name] is None for name in fields)
+    return null and "None" in str(target)
+
+
+@contextmanager
+def _explained(task: str) -> Iterator[None]:
+    """What lm-eval raises, as an error that names the task and what to do."""
+    import aiohttp
+    import requests
+    from jinja2 import UndefinedError
+
+    said = _LastRefusal()
+    logger = logging.getLogger("lm_eval.models.api_models")
+    logger.addHandler(said)
+    try:
+        yield
+    except (aiohttp.ClientResponseError, requests.HTTPError) as error:
+        raise _refused(task, said.text or str(error)) from error
+    except (aiohttp.ClientError, TimeoutError, requests.ConnectionError, ConnectionError) as error:
+        raise WorkerError(
+            "TransientError",
+            f"task {task}: no connection: {type(error).__name__}: {error}",
+            AGAIN,
+        ) from error
+    except FileNotFoundError as error:
         raise WorkerError(
             "SourceError",
-            f"task {body['task']} reports no metric {body['metric']!r} per document",
-            f"use one of {sorted(sample.get('metrics', []))} in the suite",
-        ) from None
-    if not math.isfinite(score):
-        raise WorkerError("ToolError", f"{body['task']}: score {score} at {sample['doc_id']}")
-    return score
+            f"task {task}: its data are not there: {error}",
+            "correct data_files in the task's YAML file; paths start at its folder",
+        ) from error
+    except (UndefinedError, KeyError) as error:
+        raise WorkerError(
+            "SourceError",
+            f"task {task}: a document has not what the task asks for: "
+            f"{type(error).__name__}: {error}",
+            "correct the documents, or the fields that the task's YAML file names",
+        ) from error
+    finally:
+        logger.removeHandler(said)
 
 
-def _arguments(sample: dict[str, Any]) -> list[Any]:
-    """lm-eval's rendered requests of one document: contexts and continuations."""
-    arguments = sample["arguments"]
-    return list(arguments.values()) if isinstance(arguments, dict) else list(arguments)
+class _LastRefusal(logging.Handler):
+    """Keeps the text of the server's last refusal, which lm-eval logs and does not raise."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remember it."""
+        message = record.getMessage()
+        if "API request failed" in message:
+            self.text = message.removesuffix(". Retrying...")[:1000]
 
 
-def _plain(value: Any) -> Any:
-    """Only what JSON holds, so that a prompt's digest depends on its text alone."""
-    if isinstance(value, dict):
-        return {str(key): _plain(value[key]) for key in sorted(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+def _refused(task: str, reason: str) -> WorkerError:
+    if "not JSON compliant" in reason:  # how vLLM answers when a log-probability is NaN
+        return WorkerError(
+            "ToolError",
+            f"task {task}: the server computes log-probabilities that are not numbers",
+            "the checkpoint's activations overflow or are NaN: look for damaged weights",
+        )
+    kind = "SourceError" if "Status code: 400" in reason or "400 Client" in reason else "ToolError"
+    return WorkerError(kind, f"task {task}: the server refuses a request: {reason}")
 
 
 def _report_progress(events: Events, task: str) -> None:

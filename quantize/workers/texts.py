@@ -2,7 +2,8 @@
 
 Runs in the lmeval environment (datasets).
 
-Request body: `text` (data set), `revision`, `config`, `split`, `field`, `output` (file).
+Request body: `text` (data set), `revision`, `config`, `split`, `field`, `key` (what the user calls
+it), `join`, `output` (file).
 Result body: `documents`.
 """
 
@@ -17,7 +18,7 @@ from quantize.protocol import Events, Request, WorkerError, worker_main, write_a
 
 
 def run(request: Request, events: Events) -> dict[str, Any]:
-    """Download, keep the rows that have text, write."""
+    """Download, keep the rows that have text (all of them if they are to be joined), write."""
     body = request.body
     rows = datasets.load_dataset(
         body["text"], body["config"], split=body["split"], revision=body["revision"]
@@ -26,9 +27,9 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         raise WorkerError(
             "SourceError",
             f"{body['text']} has no column {body['field']!r}",
-            f"use one of {rows.column_names} as perplexity.field in the suite",
+            f"use one of {rows.column_names} as {body['key']}",
         )
-    texts = [text for text in rows[body["field"]] if text.strip()]
+    texts = [text for text in rows[body["field"]] if body["join"] or text.strip()]
     lines = (json.dumps({body["field"]: text}, ensure_ascii=False) + "\n" for text in texts)
     write_atomic(body["output"], "".join(lines))
     events.progress("held-out text", len(texts), len(texts), "documents")

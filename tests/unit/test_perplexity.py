@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
@@ -115,17 +116,88 @@ def test_windows_cover_the_text_once_and_in_order(
 ) -> None:
     model, client = server
     expected = scored_tokens(model, documents, window)
+    text = PerplexityText(text="t.jsonl", window=window, windows=limit)
     if not expected:
         with pytest.raises(SourceError, match="no tokens"):
-            cut(client, documents, window, limit)
+            cut(client, documents, text)
         return
-    windows, bos = cut(client, documents, window, limit)
-    assert bos == model.bos
+    windows, bos = cut(client, documents, text)
+    assert bos == (BOS,) * model.bos
     assert all(len(piece.tokens) <= window for piece in windows)
     assert all(piece.tokens[0] == BOS for piece in windows) or not model.bos
     assert [list(piece.tokens[1:]) for piece in windows] == expected[:limit]
     numbers = [piece.document for piece in windows]
     assert numbers == sorted(numbers)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    documents=st.lists(st.text(ALPHABET, max_size=40), min_size=1, max_size=3),
+    window=st.integers(2, 12),
+    stride=st.integers(1, 12),
+)
+def test_a_stride_scores_every_token_once_with_the_most_context(
+    server: tuple[Model, Client], documents: list[str], window: int, stride: int
+) -> None:
+    model, client = server
+    text = PerplexityText(text="t.jsonl", window=window, stride=min(stride, window))
+    ids = [model.encode(document, special=False) for document in documents]
+    overlap = min(stride, window) < window - model.bos
+    if not any(len(tokens) > (not model.bos) for tokens in ids):
+        with pytest.raises(SourceError, match="no tokens"):
+            cut(client, documents, text)
+        return
+    windows, _ = cut(client, documents, text)
+    for number, tokens in enumerate(ids):
+        own = [piece for piece in windows if piece.document == number]
+        scored = [token for piece in own for token in piece.tokens[piece.first :]]
+        if model.bos:
+            assert scored == tokens
+        elif overlap:  # without BOS the document's first token has no context at all
+            assert scored == tokens[1:]
+        # Each token: no window that begins a stride earlier could have held it.
+        for before, after in itertools.pairwise(own):
+            assert len(before.tokens) == window
+            assert len(after.tokens) - after.first <= stride
+    assert all(len(piece.tokens) <= window for piece in windows)
+
+
+def test_positions_and_the_protocol_are_kept(client: Client, model: Model, tmp_path: Path) -> None:
+    record = run(client, tmp_path, ["abcdefghij"], window=6, stride=3, top_k=2)
+    # BOS and abcde; BOS and defgh, of which fgh are new; BOS and ghij, of which ij are new
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["position"].tolist() == [1, 2, 3, 4, 5, 3, 4, 5, 3, 4]
+        assert arrays["position"].dtype == np.int32
+        assert len(arrays["top_ids"]) == len(arrays["token"]) == 10
+    assert record["perplexity"] == pytest.approx(
+        model.perplexity(model.encode("abcdefghij", special=False)), rel=1e-12
+    )
+    assert (record["stride"], record["joined"], record["bos"]) == (3, False, True)
+    assert record["excluded"] == "nothing but BOS, which begins each window"
+    assert run(client, tmp_path, window=6)["stride"] == 5  # no overlap
+
+
+def literature(model: Model, documents: list[str], window: int) -> float:
+    """GPTQ's and AWQ's evaluation, written down from their scripts."""
+    ids = model.encode("\n\n".join(documents), special=True)
+    nats = []
+    for number in range(len(ids) // window):
+        labels = ids[number * window : (number + 1) * window][1:]
+        mean = -math.fsum(model.logprobs[token] for token in labels) / len(labels)
+        nats.append(mean * window)
+    return math.exp(math.fsum(nats) / (len(nats) * window))
+
+
+def test_the_literatures_protocol(server: tuple[Model, Client], tmp_path: Path) -> None:
+    model, client = server
+    if model.eos:  # no tokenizer of the literature's models adds an end
+        return
+    documents = [*DOCUMENTS, "", "", *DOCUMENTS]
+    record = run(client, tmp_path, documents, join=True, bos="once", window=10)
+    assert record["perplexity"] == pytest.approx(literature(model, documents, 10), rel=1e-12)
+    assert record["scored_tokens"] == record["windows"] * 9
+    assert "what is left after the last whole window" in record["excluded"]
+    assert (record["joined"], record["bos"], record["stride"]) == (True, model.bos, 10)
 
 
 def test_rows_are_joined_on_demand(client: Client, model: Model, tmp_path: Path) -> None:

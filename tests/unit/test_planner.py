@@ -32,6 +32,8 @@ CARD = {"card", "publish"}
 COMPARED = {"compare", *CARD}
 SERVED = {"measure-baseline", "measure-candidate", "measure-repeat", "measure-base"}
 MEASURED = {*SERVED, *COMPARED}
+TEXTS = MEASURED - {"measure-base"}  # which is asked the tasks alone
+FORM = TEXTS - {"measure-repeat"}
 COMPRESSED = {"compress", "audit", "measure-candidate", *COMPARED}
 CALIBRATED = {"calibrate", *COMPRESSED}
 
@@ -99,7 +101,7 @@ def ids(made: Plan) -> tuple[str, ...]:
         ("evaluate.margins.tasks={valley_mc: {drop: 0.1}}", COMPARED),
         ("evaluate.gate.inconclusive=pass", COMPARED),
         ("evaluate.gate.tasks=[valley_qa]", COMPARED),
-        ("evaluate.text={text: ../eval/texts/valley.jsonl}", MEASURED),
+        ("evaluate.text={text: ../eval/texts/valley.jsonl}", TEXTS),
         ("serve.max_num_seqs=8", MEASURED),
         ("serve.max_model_len=512", MEASURED),
         ("serve.kv_cache_gib=2", MEASURED),
@@ -134,9 +136,9 @@ def test_options_of_gptq_change_gptq(tiny: Tiny) -> None:
         ("base", {*BASE, *COMPARED}),
         ("calibration", CALIBRATED),
         ("suite", MEASURED),
-        ("health", MEASURED),
-        ("prompts", MEASURED),
-        ("text", MEASURED),
+        ("health", FORM),
+        ("prompts", FORM),
+        ("text", TEXTS),
         ("tasks", MEASURED),
     ],
 )

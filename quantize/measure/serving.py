@@ -1,0 +1,127 @@
+"""A running server: started, described, ended; and how many requests keep it full."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.checkpoint import model_folder
+from quantize.machine import device_name
+from quantize.measure.client import MAX_CONNECTIONS, Client
+from quantize.measure.scope import Scope
+from quantize.model_files import read_json_object
+from quantize.process import Process
+from quantize.records import Server
+from quantize.servers import SERVERS
+from quantize.servers.base import Launch
+from quantize.stages.base import StageContext
+
+SERVED_NAME = "model"
+TASK_TOKENS = 2048
+"""A long task request: 25 worked examples, or a question and its chain of thought."""
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    client: Client
+    process: Process
+    port: int
+    launch: Launch
+    start_seconds: float
+    concurrency: int  # requests under way at once
+    kv_cache_tokens: int | None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer and chat template that prompts are made with."""
+        return self.launch.tokenizer or self.launch.model
+
+
+@contextmanager
+def serve(context: StageContext, scope: Scope) -> Iterator[Running]:
+    """Serve the stage's model until the block is left; failures inside blame a dead server."""
+    backend = SERVERS[context.recipe.serve.engine]
+    texts = [text for text in (scope.perplexity, scope.own_text) if text is not None]
+    launch = Launch(
+        python=context.runner.python(backend.ENVIRONMENT),
+        model=model_folder(context.inputs["model"]),
+        served_name=SERVED_NAME,
+        port=_free_port(),
+        accelerator=context.resolved.accelerator,
+        serve=context.recipe.serve,
+        max_logprobs=max((text.top_k for text in texts), default=1),
+        tokenizer=model_folder(context.inputs["fetch"]) if scope.foreign_tokenizer else None,
+    )
+    label = f"{context.entry.id}-server"
+    command, variables = backend.command(launch), backend.variables(launch)
+    with context.runner.process(command, label, env=variables) as process:
+        client = Client(f"http://127.0.0.1:{launch.port}", SERVED_NAME)
+        seconds = context.runner.wait_until(
+            process, client.healthy, "vLLM server", backend.START_SECONDS, backend.explain
+        )
+        runner = context.runner
+        try:
+            with runner.tool(label), runner.blaming(process, "vLLM server", backend.explain):
+                tokens = backend.kv_cache_tokens(client.metrics(), process.output())
+                longest = longest_request(scope, client.max_model_len())
+                many = concurrency(context.recipe.serve.max_num_seqs, tokens, longest)
+                yield Running(client, process, launch.port, launch, seconds, many, tokens)
+        finally:
+            client.close()
+
+
+def longest_request(scope: Scope, max_model_len: int) -> int:
+    """Tokens of prompt and answer of the longest requests, as far as they are known beforehand."""
+    lengths = [text.window + 1 for text in (scope.perplexity, scope.own_text) if text is not None]
+    lengths += [TASK_TOKENS] if scope.suite.tasks else []
+    return min(max(lengths, default=TASK_TOKENS), max_model_len)
+
+
+def concurrency(max_num_seqs: int, kv_cache_tokens: int | None, longest: int) -> int:
+    """Requests under way at once so that the server never waits for us.
+
+    It runs at most `max_num_seqs` together, and not more of the longest ones than its KV cache
+    holds. Twice as many keep its waiting queue filled while answers are on their way back. Never
+    fewer than `max_num_seqs`: short requests need less of the cache, and what does not fit waits
+    in the server. A server that does not say what its cache holds gets that many.
+    """
+    fits = 0 if kv_cache_tokens is None else kv_cache_tokens // longest
+    return min(max(2 * min(max_num_seqs, fits), max_num_seqs), MAX_CONNECTIONS)
+
+
+def describe(context: StageContext, running: Running) -> Server:
+    """The server as it answered; paths and the port stand as placeholders."""
+    hidden = {
+        str(running.launch.tokenizer): "TOKENIZER",
+        str(running.launch.python): "python",
+        str(running.launch.model): "MODEL",
+        str(running.port): "PORT",
+    }
+    return {
+        "name": context.recipe.serve.engine,
+        "version": running.client.version(),
+        "command": [hidden.get(part, part) for part in running.process.command],
+        "accelerator": context.resolved.accelerator,
+        "device": device_name(context.resolved.accelerator),
+        "start_seconds": round(running.start_seconds, 2),
+    }
+
+
+def special_tokens(model: Path) -> list[str]:
+    """Texts of the tokenizer's special tokens, from `tokenizer.json`."""
+    path = model / "tokenizer.json"
+    if not path.exists():
+        return []
+    added = read_json_object(path).get("added_tokens", [])
+    return [str(token["content"]) for token in added if token.get("special")]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
