@@ -126,10 +126,10 @@ class _Comparison:
             return
         nats = position_divergence(*sides)
         if name == "perplexity":
-            self.record["perplexity"], self.record["divergence"] = delta, divergence(*sides)
+            self.record["perplexity"], self.record["divergence"] = delta, divergence(*sides, nats)
         else:
             self.record["own_perplexity"] = delta
-            self.record["own_divergence"] = divergence(*sides)
+            self.record["own_divergence"] = divergence(*sides, nats)
         self.details["series"][name] = series(*sides, nats)
         self.details["delta_log_p"][name] = histogram(*sides)
         if ratio is not None:

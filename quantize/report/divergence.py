@@ -110,12 +110,15 @@ def check_paired(baseline: TokenLogprobs, candidate: TokenLogprobs) -> None:
             )
 
 
-def divergence(baseline: TokenLogprobs, candidate: TokenLogprobs) -> Divergence:
+def divergence(
+    baseline: TokenLogprobs, candidate: TokenLogprobs, nats: Floats | None = None
+) -> Divergence:
     """KL(baseline ‖ candidate) in nats per scored position, Δp and top-1 agreement.
 
     Mean (Σ over positions / positions, with a 95% interval from a bootstrap over documents as in
     :func:`quantize.report.deltas.perplexity_delta`), median, 99th and 99.9th percentile and maximum
-    of :func:`position_divergence`, which is a lower bound of the KL over the whole vocabulary.
+    of :func:`position_divergence`, which is a lower bound of the KL over the whole vocabulary;
+    `nats` is its result where it is known already.
 
     Δp = p_candidate - p_baseline of the text's own token: mean, root mean square, percentiles.
 
@@ -124,7 +127,7 @@ def divergence(baseline: TokenLogprobs, candidate: TokenLogprobs) -> Divergence:
 
     Raises SourceError if the sides scored other tokens.
     """
-    nats = position_divergence(baseline, candidate)
+    nats = position_divergence(baseline, candidate) if nats is None else nats
     median, p99, p999 = np.quantile(nats, [0.5, 0.99, 0.999])
     unit = token_units(baseline.document)
     tokens = np.bincount(unit).astype(np.float64)

@@ -136,8 +136,12 @@ def test_bootstrap_intervals_cover_at_their_rate(monkeypatch):
         tokens = np.round(generator.lognormal(5, 0.5, 60))
         nats = 0.01 * tokens + np.sqrt(tokens) * generator.normal(0, 0.3, 60)
         found.append(resampled_mean(nats, tokens))
-    # Nominal 0.95, simulation error 0.009.
+    # Nominal 0.95, simulation error 0.009; 0.025 and 0.006 on either side.
     assert 0.925 <= covered(found, 0.01) <= 0.975
+    too_high = np.mean([estimate.low > 0.01 for estimate in found])
+    assert 0.005 <= too_high <= 0.045
+    by_test = np.mean([estimate.p_above(0.01) < ALPHA for estimate in found])
+    assert by_test == pytest.approx(too_high, abs=0.005)
 
 
 # --- power
