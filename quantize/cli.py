@@ -190,6 +190,45 @@ def search(
 
 
 @main.command()
+@click.argument("records", nargs=-1, required=True, metavar="RECORD...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The page  [default: NAME.report.html]",
+)
+@click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the pictures into this folder, too, as PNG and SVG.",
+)
+@STORE
+@JSON
+def report(
+    records: tuple[str, ...],
+    output: Path | None,
+    plots: Path | None,
+    store_folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Write one HTML page on RECORD, or a comparison of several, from what was measured.
+
+    RECORD is a recipe whose card is in the store, a published folder, a run's folder, or a card's
+    record.json. The page needs no network and nothing beside it.
+    """
+    from quantize.reporting import report as write_report
+    from quantize.session import open_store
+
+    written = write_report(records, output, plots, open_store(store_folder))
+    if as_json:
+        click.echo(json.dumps(written.json(), indent=1, ensure_ascii=False))
+        return
+    click.echo(f"wrote {written.page}")
+    if plots is not None:
+        click.echo(f"wrote {len(written.plots)} pictures to {plots}")
+
+
+@main.command()
 @click.argument("recipe", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every environment.")
 def setup(recipe: str | None, everything: bool) -> None:

@@ -1,0 +1,261 @@
+"""The report as one HTML page that needs nothing else: no network, no script, no font.
+
+A function of card records (:mod:`quantize.stages.card`) and of what lies beside them. Autoescape is
+on: everything from a checkpoint, a data set or a model's answer is text. The page's own policy
+forbids scripts and every request besides.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import yaml
+
+from quantize.records import CompareRecord, Details, Flip, Verdict
+from quantize.report import figures, models, svg
+from quantize.report.formats import FILTERS
+from quantize.report.redact import redact
+from quantize.report.results import LABELS, Record, method_text, model_verdict, smoke_counts
+from quantize.report.subject import Subject
+
+GENERATOR = "quantize report"
+"""The page says in its head what made it, so that no other file is overwritten."""
+
+MEANS = {
+    "non-inferior": "Everything that decides lost less than the recipe allows: each of these 95% "
+    "intervals ends inside its margin.",
+    "inferior": "At least one loss is larger than the recipe allows, and too large to be chance.",
+    "inconclusive": "An interval reaches across its margin: this much data can neither rule out a "
+    "loss larger than allowed nor show one.",
+    "not comparable": "The two models were not asked the same questions, so nothing can be said "
+    "about the difference.",
+}
+
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class FlipRow:
+    """One document whose score changed, ready to be read."""
+
+    doc: str
+    lost: bool
+    prompt: str
+    target: str
+    baseline: str
+    candidate: str
+    baseline_score: float
+    candidate_score: float
+
+
+@dataclass(frozen=True)
+class FlipTask:
+    """The flips of one task, worse ones first."""
+
+    name: str
+    rows: tuple[FlipRow, ...]
+    lost: int  # of all documents, shown or not
+    gained: int
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """What is known of one held-out text."""
+
+    name: str
+    title: str
+    protocol: Mapping[str, Any]
+    delta: Mapping[str, Any] | None
+    divergence: Mapping[str, Any] | None
+    pictures: Sequence[figures.Figure] = field(default_factory=tuple)
+
+
+def render_report(subjects: Sequence[Subject]) -> str:
+    """The page: one model's report, or the comparison of several."""
+    if len(subjects) == 1:
+        template, values = "report.html.j2", _single(subjects[0])
+    else:
+        template, values = "comparison.html.j2", models.values(subjects)
+    page = environment().get_template(template).render(generator=GENERATOR, **values)
+    return _UNSEEN.sub("\ufffd", page)
+
+
+def environment() -> jinja2.Environment:
+    """The page's templates; every string is escaped, and a name that is not there is an error."""
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("quantize.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        **FILTERS,
+        "draw": svg.draw,
+        "bars": svg.pair_bars,
+        "state": svg.state_class,
+        "shown": shown,
+    }
+    return found
+
+
+def _single(subject: Subject) -> dict[str, Any]:
+    record = redact(subject.record)
+    compare: CompareRecord | None = record.get("compare")
+    details = subject.details
+    return {
+        "title": f"{record['recipe']['name']}: quantization report",
+        "record": record,
+        "compare": compare,
+        "method": method_text(record),
+        "verdict": model_verdict(compare) if compare else None,
+        "means": MEANS,
+        "labels": LABELS,
+        "verdict_figure": figures.verdicts_forest(compare) if compare else None,
+        "task_figures": figures.task_forests(compare) if compare else [],
+        "in_points": figures.in_points,
+        "verdict_unit": verdict_unit,
+        "share_tasks": _share_tasks(compare) if compare else set(),
+        "retention_figure": figures.retention_forest(compare) if compare else None,
+        "serving": figures.serving_pairs(record),
+        "texts": _texts(record, details) if compare else [],
+        "details": details,
+        "no_details": subject.no_details,
+        "flips": _flips(compare, details) if compare and details else [],
+        "smoke": _smoke(record) if compare else [],
+        "smoke_counts": smoke_counts,
+        "recipe_yaml": yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
+        "place": subject.place,
+    }
+
+
+def verdict_unit(compare: CompareRecord, verdict: Verdict) -> str:
+    """How its figures are read: percent of perplexity, points of a share, or the metric's own."""
+    name = verdict["name"]
+    if name.endswith("perplexity"):
+        return "percent"
+    tasks = [task for task in compare["tasks"] if name in ("tasks", f"task:{task['name']}")]
+    return "points" if tasks and all(map(figures.in_points, tasks)) else "own"
+
+
+def _share_tasks(compare: CompareRecord) -> set[str]:
+    """Tasks whose scores are shares, the base's included."""
+    shares = {task["name"] for task in compare["tasks"] if figures.in_points(task)}
+    return shares - {row["name"] for row in compare["retention"] if not 0 <= row["base"] <= 1}
+
+
+def _texts(record: Record, details: Details | None) -> list[TextPart]:
+    """The suite's text and the user's own, as far as they were measured."""
+    compare = record["compare"]
+    found = []
+    for name, kl in (("perplexity", "divergence"), ("own_perplexity", "own_divergence")):
+        if name not in compare and kl not in compare:
+            continue
+        pictures: list[figures.Figure] = []
+        if details is not None and name in details["series"]:
+            pictures += figures.text_lines(name, details["series"][name])
+        if details is not None and name in details["delta_log_p"]:
+            pictures.append(figures.text_bars(name, details["delta_log_p"][name]))
+        found.append(
+            TextPart(
+                name=name,
+                title="The suite’s text" if name == "perplexity" else "The user’s own text",
+                protocol=record["baseline"][name],
+                delta=compare.get(name),
+                divergence=compare.get(kl),
+                pictures=pictures,
+            )
+        )
+    return found
+
+
+def _flips(compare: CompareRecord, details: Details) -> list[FlipTask]:
+    found = []
+    for task in compare["tasks"]:
+        sign = 1 if task["higher_is_better"] else -1
+        rows = tuple(_flip(flip, sign) for flip in details["flips"].get(task["name"], []))
+        found.append(FlipTask(task["name"], rows, task["lost"], task["gained"]))
+    return found
+
+
+def _flip(flip: Flip, sign: int) -> FlipRow:
+    return FlipRow(
+        doc=flip["doc"],
+        lost=sign * (flip["candidate_score"] - flip["baseline_score"]) < 0,
+        prompt=flip["prompt"],
+        target=flip["target"],
+        baseline=shown(flip["baseline"]),
+        candidate=shown(flip["candidate"]),
+        baseline_score=flip["baseline_score"],
+        candidate_score=flip["candidate_score"],
+    )
+
+
+def shown(answer: str) -> str:
+    """An answer as a person reads it.
+
+    lm-eval logs a generation as a JSON list of texts, and a multiple choice as a list of
+    [log-probability, greedy]; anything else is left as it is.
+    """
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return answer
+    if not isinstance(value, list) or not value:
+        return answer
+    if all(isinstance(item, str) for item in value):
+        return value[0] if len(value) == 1 else "\n".join(f"{n}: {t}" for n, t in enumerate(value))
+    if all(_is_choice(item) for item in value):
+        best = max(range(len(value)), key=lambda n: value[n][0])
+        rows = (
+            f"{'→' if n == best else '  '} choice {n}: log p {item[0]:.2f}"
+            for n, item in enumerate(value)
+        )
+        return "\n".join(rows)
+    return answer
+
+
+def _is_choice(item: object) -> bool:
+    return (
+        isinstance(item, list)
+        and len(item) == 2
+        and isinstance(item[0], (int, float))
+        and isinstance(item[1], bool)
+    )
+
+
+@dataclass(frozen=True)
+class SmokeRow:
+    """One smoke prompt, both answers."""
+
+    name: str
+    prompt: str
+    baseline: str
+    candidate: str
+    failed: tuple[str, ...]  # checks that the candidate's answer fails
+    similarity: float
+    identical: bool
+    answered: bool
+
+
+def _smoke(record: Record) -> list[SmokeRow]:
+    before = {smoke["name"]: smoke for smoke in record["baseline"]["smoke"]}
+    after = {smoke["name"]: smoke for smoke in record["candidate"]["smoke"]}
+    return [
+        SmokeRow(
+            name=delta["name"],
+            prompt=before[delta["name"]]["prompt"],
+            baseline=before[delta["name"]]["answer"],
+            candidate=after[delta["name"]]["answer"],
+            failed=tuple(c["name"] for c in after[delta["name"]]["checks"] if not c["passed"]),
+            similarity=delta["similarity"],
+            identical=delta["identical"],
+            answered=delta["answered"],
+        )
+        for delta in record["compare"]["smoke"]
+    ]
