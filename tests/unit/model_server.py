@@ -60,7 +60,10 @@ class Model:
         weights = [1.0 / (1 + token) for token in range(VOCABULARY)]
         self.logprobs = [math.log(weight / sum(weights)) for weight in weights]
         self.fault = ""
+        self.dies_after: int | None = None  # requests for completions, then nothing any more
+        self.structured = True  # whether answers may be told to follow a JSON schema
         self.say: Callable[[str], tuple[str, str]] = lambda prompt: ("fine.", "stop")
+        self.go_on: Callable[[dict[str, Any]], str] = lambda body: "x"  # after token ids
         self.requests: list[tuple[str, dict[str, Any]]] = []
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -94,6 +97,7 @@ class Model:
                 return self.complete(body)
             case "/v1/chat/completions":
                 ids = self.tokenize(body)
+                self.check_form(body)
                 text, reason = self.say(body["messages"][-1]["content"])
                 choice = {"message": {"role": "assistant", "content": text}}
                 return self.reply(ids, body["max_tokens"], text, choice | {"finish_reason": reason})
@@ -107,6 +111,18 @@ class Model:
             ids += [EOS] * self.template + self.encode(message["content"], special=False)
         return ids
 
+    def check_form(self, body: dict[str, Any]) -> None:
+        if "response_format" in body and not self.structured:
+            raise Refused(400, "structured outputs are not supported")
+
+    def echo(self, ids: Sequence[int]) -> dict[str, Any]:
+        """The prompt's own log-probabilities and a generated token's, as `echo` asks for them."""
+        if self.fault == "nan":
+            raise Refused(400, "Out of range float values are not JSON compliant")
+        values = [self.logprobs[token % VOCABULARY] for token in [*ids[1:], 0]]
+        top = [{"best": max(self.logprobs)} for _ in values]
+        return {"token_logprobs": [None, *values], "top_logprobs": [None, *top]}
+
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt, top_k = body["prompt"], body.get("prompt_logprobs")
         if top_k is not None and top_k > self.max_logprobs:
@@ -116,8 +132,11 @@ class Model:
                 f"{self.max_logprobs} (parameter=prompt_logprobs, value={top_k})",
             )
         ids = self.encode(prompt, special=True) if isinstance(prompt, str) else prompt
-        text, reason = self.say(prompt) if isinstance(prompt, str) else ("x", "length")
+        self.check_form(body)
+        text, reason = self.say(prompt) if isinstance(prompt, str) else (self.go_on(body), "length")
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+        if body.get("echo"):
+            choice["logprobs"] = self.echo(ids)
         if top_k is not None:
             if self.fault == "nan":
                 raise Refused(400, "Out of range float values are not JSON compliant")
@@ -170,6 +189,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.model.dies_after is not None and self.path != "/tokenize":
+            self.model.dies_after -= 1
+            if self.model.dies_after < 0:
+                self.model.fault = "drop"
         if self.broken():
             return
         try:
