@@ -33,6 +33,7 @@ EMPTY_SHARE = 0.8
 TEMPLATED_SHARE = 0.1
 """Fewer calibration rows with the chat template are called none."""
 UNKNOWN = "unknown"
+NO_LANGUAGE = "zxx"  # ISO 639's code for what is none: figures, random letters
 
 
 def lint(
@@ -93,7 +94,8 @@ def language(text: str) -> str:
     if len(bare.encode()) < LANGUAGE_BYTES:
         return UNKNOWN
     code, confidence = _identifier().classify(bare)
-    return str(code) if confidence >= LANGUAGE_CONFIDENCE else UNKNOWN
+    sure = confidence >= LANGUAGE_CONFIDENCE and code != NO_LANGUAGE
+    return str(code) if sure else UNKNOWN
 
 
 @cache

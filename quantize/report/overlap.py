@@ -36,7 +36,7 @@ WHOLE = 8
 SHARED_PART = 0.5
 SHARED_WORDS = 50
 BOILERPLATE_WORDS = 4
-BOILERPLATE_SHARE, BOILERPLATE_TEXTS = 0.5, 4
+BOILERPLATE_SHARE, BOILERPLATE_TEXTS, BOILERPLATE_SAMPLE = 0.5, 4, 1000
 COMMON_ROWS, COMMON_DOCUMENTS, COMMON_TEXTS = 0.10, 0.01, 10
 
 MARKER = re.compile(
@@ -50,6 +50,8 @@ _ONE_EACH = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u
 _MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"  # not \w, yet inside words
 _LETTER = rf"(?:[^\W_{_ONE_EACH}]|[{_MARKS}])"
 WORD = re.compile(rf"[{_ONE_EACH}]|{_LETTER}+(?:['’]{_LETTER}+)*")
+
+FILTER_SHIFT = np.uint64(40)
 
 Integers = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -131,20 +133,17 @@ class _Words:
         inside = self.run[:count] == self.run[length - 1 :]
         return hashes[inside], np.flatnonzero(inside)
 
-    def uncommon(self, length: int, limit: float) -> tuple[Hashes, Integers]:
-        """N-grams without those that more than `limit` of the texts contain."""
-        hashes, first = self.ngrams(length)
-        common = _in_many(hashes, self.text[first], limit)
-        return hashes[~common], first[~common]
-
     def without_boilerplate(self, texts: int) -> _Words:
         """Without the words of 4-grams that more than half of the texts contain."""
-        limit = max(BOILERPLATE_TEXTS, BOILERPLATE_SHARE * texts)
         hashes, first = self.ngrams(BOILERPLATE_WORDS)
-        common = _in_many(hashes, self.text[first], limit)
+        step = -(-texts // BOILERPLATE_SAMPLE) or 1  # every so-many-th text shows what is common
+        sample = self.text[first] % step == 0
+        limit = max(BOILERPLATE_TEXTS, BOILERPLATE_SHARE * texts / step)
+        common = hashes[sample][_in_many(hashes[sample], self.text[first[sample]], limit)]
+        begins = first[np.isin(hashes, np.unique(common))]
         covered = np.zeros(len(self.ids), bool)
         for offset in range(BOILERPLATE_WORDS):
-            covered[first[common] + offset] = True
+            covered[begins + offset] = True
         return self.kept(~covered)
 
 
@@ -185,7 +184,9 @@ class RowIndex:
     ) -> Iterator[Overlap]:
         """Every row and paragraph whose shared N-grams cover enough of the shorter one."""
         row_hashes, row_first = self._sorted(size)
-        hashes, first = documents.uncommon(size, common)
+        hashes, first = documents.ngrams(size)
+        possible = _seen(row_hashes)[hashes >> FILTER_SHIFT]  # most have no row: a fast first look
+        hashes, first = _uncommon(hashes[possible], first[possible], documents.text, common)
         left = np.searchsorted(row_hashes, hashes, "left")
         times = np.searchsorted(row_hashes, hashes, "right") - left  # places in rows
         gram = np.repeat(left - (np.cumsum(times) - times), times) + np.arange(times.sum())
@@ -210,10 +211,26 @@ class RowIndex:
     def _sorted(self, size: int) -> tuple[Hashes, Integers]:
         """(hash, position) of the rows' N-grams of `size` words by hash, kept for the next task."""
         if size not in self._grams:
-            hashes, first = self._words.uncommon(size, self._common)
+            hashes, first = self._words.ngrams(size)
+            hashes, first = _uncommon(hashes, first, self._words.text, self._common)
             order = np.argsort(hashes, kind="stable")
             self._grams[size] = hashes[order], first[order]
         return self._grams[size]
+
+
+def _uncommon(
+    hashes: Hashes, first: Integers, text: Integers, limit: float
+) -> tuple[Hashes, Integers]:
+    """N-grams without those that more than `limit` of the texts contain."""
+    common = _in_many(hashes, text[first], limit)
+    return hashes[~common], first[~common]
+
+
+def _seen(hashes: Hashes) -> NDArray[np.bool_]:
+    """(2^24,) whether a hash begins with these 24 bits."""
+    seen = np.zeros(1 << 24, bool)
+    seen[hashes >> FILTER_SHIFT] = True
+    return seen
 
 
 def _in_many(hashes: Hashes, text: Integers, limit: float) -> NDArray[np.bool_]:

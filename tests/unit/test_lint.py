@@ -273,6 +273,7 @@ def test_a_language_that_is_asked_in_and_not_calibrated_and_the_other_way_round(
         ("12 + 30 = 42; 17 * 3 = 51; 99 / 3 = 33", "unknown"),
         ("<|im_start|>assistant\n<|im_end|><|im_start|>user\n<|im_end|>", "unknown"),
         (chat(GERMAN, "Antworte kurz."), "de"),
+        (" ".join(words(random.Random(13), 60)), "unknown"),
         (ENGLISH.upper(), "en"),
         ("今天天气很好，我们打算去公园里散步，然后回家吃饭。", "zh"),
     ],
