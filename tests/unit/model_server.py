@@ -213,6 +213,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int, text: str) -> None:
         content = text.encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
