@@ -108,9 +108,8 @@ def _verdicts(record: Record) -> list[RenderableType]:
             label.append(f"\n  {row.remark}", style="dim")
         verdict = Text(row.verdict, style=STYLES[row.verdict])
         table.add_row(label, *map(Text, (row.worse, row.interval, row.margin)), verdict)
-    said = Text("this model is ")
-    said.append(model["verdict"], style=STYLES[model["verdict"]])
-    said.append(f": {model['rule']}" + (f" ({model['reason']})" if "reason" in model else ""))
+    said = Text("verdict: ").append(model["verdict"], style=STYLES[model["verdict"]])
+    said.append(f" ({model.get('reason', model['rule'])})")
     return [table, said]
 
 

@@ -218,8 +218,11 @@ def test_answers_stand_side_by_side_once(made):
 def test_a_failed_margin_and_check_are_on_the_card(made):
     after = candidate_side(noise=3)
     after.failing = frozenset({"count"})
-    _, card = made(after=after)
-    assert re.search(r"`perplexity_ratio`: [\d.]+, limit 1.05: \*\*not kept\*\*", card)
+    record, card = made(after=after)
+    verdicts = {verdict["name"]: verdict for verdict in record["compare"]["verdicts"]}
+    assert verdicts["model"]["verdict"] == "inferior"
+    assert "### Verdict: inferior" in card
+    assert re.search(r"\| Perplexity \| \+[\d.]+ \| .* \| inferior", card)
     assert "- **A smoke check failed**: count: not empty" in card
 
 

@@ -33,8 +33,8 @@ def shown(record, width=80):
 
 
 def line(text, start):
-    (found,) = [line for line in text.splitlines() if line.strip().startswith(start)]
-    return found.split()
+    """Words of the first line that begins so; the verdicts come after the numbers."""
+    return next(line for line in text.splitlines() if line.strip().startswith(start)).split()
 
 
 def test_all_numbers_fit_80_columns(tmp_path):
@@ -50,7 +50,9 @@ def test_all_numbers_fit_80_columns(tmp_path):
         "to",
         f"{perplexity['ratio_high']:.4f}",
     ]
-    assert line(text, "KL divergence, mean")[-1] == nats(record["compare"]["divergence"]["mean"])
+    kl = record["compare"]["divergence"]
+    cells = [nats(kl["mean"]), nats(kl["mean_low"]), "to", nats(kl["mean_high"])]
+    assert line(text, "KL divergence, mean")[-4:] == cells
     assert line(text, "Top-1 agreement")[-1].endswith("%")
     assert line(text, "valley_mc, acc")[2:5] == ["0.7500", "0.7250", "-0.0250"]
     assert line(text, "1 worse, 0 better of 40")
@@ -61,7 +63,9 @@ def test_all_numbers_fit_80_columns(tmp_path):
     assert "…" not in text
     # A broken path cannot be copied.
     assert f"artifact  {PLACES['artifact']}" in places_text(PLACES).splitlines()
-    assert "margin" not in text
+    model = record["compare"]["verdicts"][-1]
+    assert f"verdict: {model['verdict']}" in text
+    assert "gate " not in text
     assert "not measured" not in text
 
 
@@ -69,8 +73,12 @@ def test_failures_and_gaps_are_said(tmp_path):
     after = candidate_side(noise=3)
     after.failing = frozenset({"count"})
     after.not_measured = [{"what": "KV-cache size", "why": "the server does not say"}]
-    text = " ".join(shown(card_record(tmp_path, baseline_side(), after)).split())
-    assert "margin not kept: perplexity_ratio is " in text
+    record = card_record(tmp_path, baseline_side(), after)
+    text = " ".join(shown(record).split())
+    failed = [gate for gate in record["compare"]["gates"] if not gate["passed"]]
+    assert failed
+    for gate in failed:
+        assert f"gate {gate['name']}: {gate['says']}" in text
     assert "smoke check failed: count: not empty" in text
     assert "not measured: KV-cache size (candidate): the server does not say" in text
     assert "1 of 2" in text
