@@ -21,7 +21,7 @@ from quantize.records import CompareRecord, Details, MeasureRecord
 from quantize.report.shape import problems
 from quantize.report.subject import Subject
 from quantize.stages.card import SCHEMA
-from quantize.store import Store
+from quantize.store import Manifest, Store
 
 PLACES = ("record.json", "quantize/record.json")
 """Where a folder holds a card's record: a card artifact, a published checkpoint."""
@@ -178,19 +178,21 @@ def _of_recipe(name: str, store: Store) -> Path:
 
     session = Session.open(str(recipe), (), store.root, online=False)
     entry = next(entry for entry in session.plan.stages if entry.id == "card")
-    artifact = store.get("card", entry.key) if entry.key is not None else None
+    if entry.key is None:  # an offline plan does not know every key: then the name must do
+        return _by_name(session.plan.recipe_name, store)
+    artifact = store.get("card", entry.key)
     if artifact is not None:
         return artifact.file("record.json")
-    try:
-        return _by_name(session.plan.recipe_name, store)
-    except UsageError:
-        raise UsageError(
-            f"there is no card of {name} in {store.root}", f"quantize run {name}"
-        ) from None
+    others = _named(session.plan.recipe_name, store)
+    listed = f"; other settings or versions of it made:\n{_listed(others, store)}" if others else ""
+    raise UsageError(
+        f"there is no card of {name} as it stands in {store.root}{listed}",
+        f"quantize run {name}" + (", or name one of these folders" if others else ""),
+    )
 
 
 def _by_name(name: str, store: Store) -> Path:
-    cards = [manifest for manifest in store.manifests("card") if manifest.recipe == name]
+    cards = _named(name, store)
     if not cards:
         raise UsageError(
             f"{name!r} is no file or folder, no recipe, and no card in {store.root} has this name",
@@ -198,13 +200,21 @@ def _by_name(name: str, store: Store) -> Path:
             "store",
         )
     if len(cards) > 1:
-        paths = sorted((card.created, store.path("card", card.key)) for card in cards)
-        listed = "\n".join(f"  {created}  {path}" for created, path in paths)
         raise UsageError(
-            f"{len(cards)} cards in {store.root} are called {name}:\n{listed}",
+            f"{len(cards)} cards in {store.root} are called {name}:\n{_listed(cards, store)}",
             "name one of these folders",
         )
     return store.path("card", cards[0].key) / "record.json"
+
+
+def _named(name: str, store: Store) -> list[Manifest]:
+    """Cards that a recipe of this name made, oldest first."""
+    cards = [manifest for manifest in store.manifests("card") if manifest.recipe == name]
+    return sorted(cards, key=lambda manifest: manifest.created)
+
+
+def _listed(cards: Sequence[Manifest], store: Store) -> str:
+    return "\n".join(f"  {card.created}  {store.path('card', card.key)}" for card in cards)
 
 
 # --- reading

@@ -17,8 +17,9 @@ import jinja2
 import yaml
 
 from quantize.records import CompareRecord, Details, Flip, Verdict
-from quantize.report import figures, models, svg
+from quantize.report import figures, models, svg, svg_parts
 from quantize.report.formats import FILTERS
+from quantize.report.markdown import clip
 from quantize.report.redact import redact
 from quantize.report.results import LABELS, Record, method_text, model_verdict, smoke_counts
 from quantize.report.subject import Subject
@@ -36,6 +37,9 @@ MEANS = {
     "about the difference.",
 }
 
+BRIEF = 32
+"""Characters of an answer in a line of the list."""
+
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -49,6 +53,7 @@ class FlipRow:
     target: str
     baseline: str
     candidate: str
+    brief: tuple[str, str]  # both answers in a few words
     baseline_score: float
     candidate_score: float
 
@@ -98,7 +103,7 @@ def environment() -> jinja2.Environment:
         **FILTERS,
         "draw": svg.draw,
         "bars": svg.pair_bars,
-        "state": svg.state_class,
+        "state": svg_parts.state_class,
         "shown": shown,
     }
     return found
@@ -191,6 +196,7 @@ def _flip(flip: Flip, sign: int) -> FlipRow:
         target=flip["target"],
         baseline=shown(flip["baseline"]),
         candidate=shown(flip["candidate"]),
+        brief=(brief(flip["baseline"]), brief(flip["candidate"])),
         baseline_score=flip["baseline_score"],
         candidate_score=flip["candidate_score"],
     )
@@ -202,22 +208,45 @@ def shown(answer: str) -> str:
     lm-eval logs a generation as a JSON list of texts, and a multiple choice as a list of
     [log-probability, greedy]; anything else is left as it is.
     """
-    try:
-        value = json.loads(answer)
-    except ValueError:
-        return answer
-    if not isinstance(value, list) or not value:
-        return answer
-    if all(isinstance(item, str) for item in value):
+    value = _logged(answer)
+    if _are_texts(value):
         return value[0] if len(value) == 1 else "\n".join(f"{n}: {t}" for n, t in enumerate(value))
-    if all(_is_choice(item) for item in value):
-        best = max(range(len(value)), key=lambda n: value[n][0])
+    if _are_choices(value):
+        chosen = _chosen(value)
         rows = (
-            f"{'→' if n == best else '  '} choice {n}: log p {item[0]:.2f}"
+            f"choice {n}: log p {item[0]:.2f}{'  ← chosen' if n == chosen else ''}"
             for n, item in enumerate(value)
         )
-        return "\n".join(rows)
+        return "\n".join(rows).replace("-", "\N{MINUS SIGN}")
     return answer
+
+
+def brief(answer: str) -> str:
+    """The same in a few words, for a line of a list."""
+    value = _logged(answer)
+    if _are_choices(value):
+        return f"choice {_chosen(value)}"
+    words = " ".join((value[0] if _are_texts(value) else answer).split())
+    return f"“{clip(words, BRIEF)}”" if words else "nothing"
+
+
+def _logged(answer: str) -> Any:
+    try:
+        return json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _are_choices(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_choice, value))
+
+
+def _chosen(value: Any) -> int:
+    return max(range(len(value)), key=lambda n: float(value[n][0]))
 
 
 def _is_choice(item: object) -> bool:

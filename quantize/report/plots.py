@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.report.axes import log_ticks
 from quantize.report.figures import (
     Bars,
     Figure,
@@ -17,8 +18,8 @@ from quantize.report.figures import (
     Mark,
     Pairs,
     Scatter,
-    log_ticks,
 )
+from quantize.report.formats import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def _inches(figure: Figure) -> tuple[float, float]:
             return 7.2, 0.5 + 0.62 * len(figure.pairs)
         case Scatter():
             return 7.2, 4.4
-    return 5.2, 3.2
+    return 6.0, 3.4
 
 
 def _draw(canvas: Canvas, figure: Figure) -> None:
@@ -158,7 +159,8 @@ def _bars(axes: Axes, chart: Bars) -> None:
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
-    axes.set_xlabel(f"{chart.axis}; the outer bins hold everything beyond")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(f"{chart.axis.replace('-', MINUS)}; the outer bins hold everything beyond")
     axes.set_ylabel("tokens")
 
 
@@ -190,7 +192,12 @@ def _scatter(axes: Axes, chart: Scatter) -> None:
             axes.plot([point.x] * 2, [point.low, point.high], color=colour, linewidth=1.8)
         axes.plot([point.x], [point.y], "o", color=colour, markersize=7, markeredgecolor="white")
         axes.annotate(
-            point.label, (point.x, point.y), (7, 3), textcoords="offset points", fontsize=8.5
+            point.label,
+            (point.x, point.y),
+            (7, 3),
+            textcoords="offset points",
+            fontsize=8.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.margins(x=0.18)
     axes.set_xlabel(chart.x_axis)
