@@ -92,6 +92,12 @@ def test_what_is_typed_comes_last() -> None:
     assert replace(made, serve=Serve()) == launch()
 
 
+def test_another_checkpoints_tokenizer() -> None:
+    made = replace(launch(), tokenizer=Path("/models/fine tune"))
+    assert options(made)["--tokenizer"] == "/models/fine tune"
+    assert "--tokenizer" not in options(launch())
+
+
 # --- what cannot be served ----------------------------------------------------------------------
 
 
