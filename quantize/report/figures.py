@@ -253,7 +253,9 @@ def axis_ends(marks: Sequence[Mark], also: Sequence[float]) -> tuple[float, floa
     """Ends of an axis that holds every mark with some room."""
     values = [*also]
     for mark in marks:
-        values += [v for v in (mark.value, mark.low, mark.high, mark.margin) if v is not None]
+        found = (mark.value, mark.low, mark.high, mark.margin)
+        values += [value for value in found if value is not None]
+        values += [] if mark.detectable is None else [-mark.detectable]
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 1.0
     return low - room, high + room

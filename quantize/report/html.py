@@ -7,11 +7,10 @@ forbids scripts and every request besides.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
@@ -40,6 +39,7 @@ MEANS = {
 BRIEF = 32
 """Characters of an answer in a line of the list."""
 
+_CHOICE = re.compile(r"([> ]) -?(?:\d+\.\d+|inf) (.*)")
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -104,7 +104,6 @@ def environment() -> jinja2.Environment:
         "draw": svg.draw,
         "bars": svg.pair_bars,
         "state": svg_parts.state_class,
-        "shown": shown,
     }
     return found
 
@@ -193,69 +192,46 @@ def _flip(flip: Flip, sign: int) -> FlipRow:
         doc=flip["doc"],
         lost=sign * (flip["candidate_score"] - flip["baseline_score"]) < 0,
         prompt=flip["prompt"],
-        target=flip["target"],
-        baseline=shown(flip["baseline"]),
-        candidate=shown(flip["candidate"]),
+        target=expected(flip["target"], flip["baseline"]),
+        baseline=flip["baseline"],
+        candidate=flip["candidate"],
         brief=(brief(flip["baseline"]), brief(flip["candidate"])),
         baseline_score=flip["baseline_score"],
         candidate_score=flip["candidate_score"],
     )
 
 
-def shown(answer: str) -> str:
-    """An answer as a person reads it.
-
-    lm-eval logs a generation as a JSON list of texts, and a multiple choice as a list of
-    [log-probability, greedy]; anything else is left as it is.
-    """
-    value = _logged(answer)
-    if _are_texts(value):
-        return value[0] if len(value) == 1 else "\n".join(f"{n}: {t}" for n, t in enumerate(value))
-    if _are_choices(value):
-        chosen = _chosen(value)
-        rows = (
-            f"choice {n}: log p {item[0]:.2f}{'  ← chosen' if n == chosen else ''}"
-            for n, item in enumerate(value)
-        )
-        return "\n".join(rows).replace("-", "\N{MINUS SIGN}")
-    return answer
-
-
 def brief(answer: str) -> str:
-    """The same in a few words, for a line of a list."""
-    value = _logged(answer)
-    if _are_choices(value):
-        return f"choice {_chosen(value)}"
-    words = " ".join((value[0] if _are_texts(value) else answer).split())
+    """An answer in a few words, for a line of a list: the chosen one of several."""
+    chosen = [choice.text for choice in choices(answer) if choice.chosen]
+    words = " ".join((chosen[0] if chosen else answer).split())
     return f"“{clip(words, BRIEF)}”" if words else "nothing"
 
 
-def _logged(answer: str) -> Any:
-    try:
-        return json.loads(answer)
-    except (ValueError, RecursionError):
-        return None
+def expected(target: str, answer: str) -> str:
+    """What was right; the number of a choice with its text, which the answer lists."""
+    listed = choices(answer)
+    if target.isdecimal() and len(target) < 4 and int(target) < len(listed):
+        return f"{target}: {listed[int(target)].text}"
+    return target
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+class Choice(NamedTuple):
+    """One line of the answer to a multiple-choice question."""
+
+    chosen: bool
+    text: str
 
 
-def _are_choices(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_choice, value))
+def choices(answer: str) -> list[Choice]:
+    """The choices of a response that lists them with their log-probabilities, else none.
 
-
-def _chosen(value: Any) -> int:
-    return max(range(len(value)), key=lambda n: float(value[n][0]))
-
-
-def _is_choice(item: object) -> bool:
-    return (
-        isinstance(item, list)
-        and len(item) == 2
-        and isinstance(item[0], (int, float))
-        and isinstance(item[1], bool)
-    )
+    A line each, as the measurement logs them: `> -1.594 onion pie`, with `>` at the chosen one.
+    """
+    found = [_CHOICE.fullmatch(line) for line in answer.split("\n")]
+    listed = [Choice(match[1] == ">", match[2]) for match in found if match is not None]
+    whole = len(listed) == len(found) > 1 and sum(choice.chosen for choice in listed) == 1
+    return listed if whole else []
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def test_a_flip_is_read_side_by_side(browser: Browser, page: Path) -> None:
         )
         assert right == left and other > top
         text = opened.value("document.querySelector('#flips').innerText")
-        assert "“pony” → “hen”" in text and "choice 2: log p" in text
+        assert "“pony” → “hen”" in text and "2: from a pedlar" in text
 
 
 def test_the_keyboard_reaches_what_scrolls(browser: Browser, page: Path) -> None:

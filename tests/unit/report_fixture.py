@@ -6,7 +6,6 @@ they agree with each other where the page shows both (a difference and its two s
 
 import copy
 import itertools
-import json
 import math
 import random
 from pathlib import Path
@@ -482,17 +481,14 @@ def choices() -> list[dict[str, Any]]:
         "Where does the miller of Brackwater buy her salt?\nA. in Ivelstone\nB. at the weir\n"
         "C. from a pedlar\nD. nowhere\nAnswer:"
     )
-    logged = ([-8.32, -4.59, -2.72, -7.19], [-2.49, -3.09, -2.59, -6.37])
-    lost, gained = (
-        [json.dumps([[value, False] for value in row]) for row in order]
-        for order in (logged, logged[::-1])
-    )
+    right = "  -8.320 in Ivelstone\n  -4.590 at the weir\n> -2.720 from a pedlar\n  -7.190 nowhere"
+    wrong = "> -2.490 in Ivelstone\n  -3.090 at the weir\n  -2.590 from a pedlar\n  -6.370 nowhere"
     return [
         flip(
             f"mc-{n:03}",
             asked if n else XSS,
             "2",
-            *(lost if n < 5 else gained),
+            *((right, wrong) if n < 5 else (wrong, right)),
             1.0 if n < 5 else 0.0,
         )
         for n in range(8)
@@ -523,8 +519,8 @@ def flip(doc: str, prompt: str, target: str, baseline: str, candidate: str, befo
         "doc": doc,
         "prompt": prompt,
         "target": target,
-        "baseline": baseline if baseline.startswith("[") else json.dumps([baseline]),
-        "candidate": candidate if candidate.startswith("[") else json.dumps([candidate]),
+        "baseline": baseline,
+        "candidate": candidate,
         "baseline_score": before,
         "candidate_score": 1.0 - before,
     }

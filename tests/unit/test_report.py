@@ -1,7 +1,6 @@
 """The HTML report: what is on the page, what is said to be missing, and that nothing is markup."""
 
 import itertools
-import json
 import re
 from html.parser import HTMLParser
 
@@ -9,7 +8,7 @@ import pytest
 import report_fixture as fixture
 
 from quantize.records import CompareRecord, Details, MeasureRecord
-from quantize.report.html import Subject, brief, render_report, shown
+from quantize.report.html import Subject, brief, choices, expected, render_report
 from quantize.report.shape import problems
 
 VOID = {"meta", "link", "input", "br", "line", "rect", "circle", "path"}
@@ -262,16 +261,27 @@ def test_a_task_where_lower_is_better_is_turned_round():
 # --- answers
 
 
-def test_logged_answers_are_read():
-    assert shown('["Sunday"]') == "Sunday"
-    assert brief('["Sunday\\nafternoon"]') == "“Sunday afternoon”"
-    choices = json.dumps([[-8.3, False], [-2.5, True]])
-    assert shown(choices) == "choice 0: log p −8.30\nchoice 1: log p −2.50  ← chosen"
-    assert brief(choices) == "choice 1"
-    assert shown('["a", "b"]') == "0: a\n1: b"
-    for plain in ("12", "[]", "{}", "[1, 2]", "no [list]", "", "[" * 100_000):
-        assert shown(plain) == plain
-    assert brief("") == "nothing"
+LISTED = "  -3.092 apple tart\n> -1.594 onion pie\n  -inf leek stew"
+
+
+def test_an_answer_in_a_few_words():
+    assert brief(LISTED) == "“onion pie”"
+    assert brief("Sunday\n  afternoon") == "“Sunday afternoon”"
+    assert brief("x" * 99) == "“" + "x" * 31 + "…”"
+    assert brief(" \n") == "nothing"
+
+
+def test_the_right_choice_is_named():
+    assert expected("2", LISTED) == "2: leek stew"
+    for target, answer in (("3", LISTED), ("pony", LISTED), ("1", "pony"), ("²", LISTED)):
+        assert expected(target, answer) == target
+
+
+@pytest.mark.parametrize(
+    "plain", ["", "> -1.0 a", "> -1.0 a\nb", "> -1.0 a\n> -2.0 b", "  -1.0 a\n  -2.0 b"]
+)
+def test_what_lists_no_choices_is_left_alone(plain):
+    assert choices(plain) == []
 
 
 # --- several models
