@@ -17,6 +17,8 @@ from tests.end_to_end.browser import Browser, NoBrowser, Tab, find_chromium, tab
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit"))
 import report_fixture as fixture
 
+pytestmark = pytest.mark.end_to_end
+
 # Every element that reaches over the right edge, unless something around it scrolls or cuts.
 OVERFLOWING = """
 (() => {
