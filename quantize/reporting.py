@@ -18,8 +18,8 @@ from typing import Any
 from quantize.errors import QuantizeError, ResourceError, SourceError, UsageError
 from quantize.protocol import write_atomic
 from quantize.records import CompareRecord, Details, MeasureRecord
-from quantize.report.shape import problems
-from quantize.report.subject import Subject
+from quantize.report.page.shape import problems
+from quantize.report.page.subject import Subject
 from quantize.stages.card import SCHEMA
 from quantize.store import Manifest, Store
 
@@ -54,7 +54,7 @@ def report(names: Sequence[str], output: Path | None, plots: Path | None, store:
     subjects = distinct([load(name, store) for name in names])
     page = output or Path(_file_name(subjects))
     _require_own(page)
-    from quantize.report.html import render_report
+    from quantize.report.page.html import render_report
 
     text = render_report(subjects)
     try:
@@ -74,7 +74,7 @@ def _file_name(subjects: Sequence[Subject]) -> str:
 
 def _require_own(page: Path) -> None:
     """A UsageError if another file than a report would be overwritten."""
-    from quantize.report.html import GENERATOR
+    from quantize.report.page.html import GENERATOR
 
     if page.is_dir():
         raise UsageError(f"{page} is a folder", "name a file with --output")
@@ -86,8 +86,8 @@ def _require_own(page: Path) -> None:
 
 
 def _draw(subjects: Sequence[Subject], folder: Path) -> tuple[Path, ...]:
-    from quantize.report import figures, models
-    from quantize.report.plots import save
+    from quantize.report.page import figures, models
+    from quantize.report.page.plots import save
 
     if len(subjects) == 1:
         drawn = figures.record_figures(subjects[0].record, subjects[0].details)

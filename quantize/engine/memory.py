@@ -8,7 +8,7 @@ import sys
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-THRESHOLD_BYTES = 1 << 20
+THRESHOLD_BYTES = 1 << 18
 
 
 def peaks() -> dict[str, int]:

@@ -14,7 +14,7 @@ from quantize.recipe import Evaluate, GateRules, Margins, Quantize
 from quantize.records import CompareRecord
 
 if TYPE_CHECKING:
-    from quantize.report.verdicts import Rules
+    from quantize.report.paired.verdicts import Rules
     from quantize.stages.base import Resolved, StageContext
 
 VERSION = 2
@@ -37,7 +37,7 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
 
 def run(context: StageContext) -> None:
     """Write `record.json` (:class:`quantize.records.CompareRecord`) and `details.json`."""
-    from quantize.report.comparing import compare
+    from quantize.report.paired.comparing import compare
 
     inputs = context.inputs
     record, details = compare(
@@ -54,7 +54,7 @@ def run(context: StageContext) -> None:
 
 def rules(resolved: Resolved) -> Rules:
     """The recipe's margins and gate."""
-    from quantize.report.verdicts import Rules
+    from quantize.report.paired.verdicts import Rules
 
     evaluate: Evaluate | None = resolved.recipe.evaluate
     return Rules(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantize.report.html import Subject, render_report
+from quantize.report.page.html import Subject, render_report
 from tests.end_to_end.browser import Browser, NoBrowser, Tab, find_chromium, tab
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit"))

@@ -14,7 +14,7 @@ from quantize.plan import StageEntry
 from quantize.protocol import write_json
 from quantize.recipe import Recipe
 from quantize.records import MEASURE_SCHEMA
-from quantize.report.comparing import compare
+from quantize.report.paired.comparing import compare
 from quantize.stages.base import Resolved, StageContext
 from quantize.stages.compare import rules
 from quantize.store import Artifact, Store

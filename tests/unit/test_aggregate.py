@@ -7,8 +7,15 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from quantize.report.aggregate import aggregate, average, fisher_p, max_p, mcnemar_p, pooled_p
-from quantize.report.intervals import Student, paired_mean
+from quantize.report.paired.aggregate import (
+    aggregate,
+    average,
+    fisher_p,
+    max_p,
+    mcnemar_p,
+    pooled_p,
+)
+from quantize.report.paired.intervals import Student, paired_mean
 
 
 def test_one_sided_mcnemar_is_half_the_two_sided_one():

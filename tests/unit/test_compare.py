@@ -18,8 +18,8 @@ from records_fixture import (
 
 from quantize.errors import SourceError
 from quantize.recipe import GateRules, Margins, Quantize
-from quantize.report.comparing import compare
-from quantize.report.verdicts import Rules
+from quantize.report.paired.comparing import compare
+from quantize.report.paired.verdicts import Rules
 from quantize.stages import compare as stage
 from quantize.stages.compare import failed_gates, weight_bits
 

@@ -19,9 +19,9 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from quantize.errors import SourceError
-from quantize.report import deltas
-from quantize.report.divergence import TokenLogprobs, divergence, same_text
-from quantize.report.pairing import Paired, pair
+from quantize.report.paired import deltas
+from quantize.report.paired.divergence import TokenLogprobs, divergence, same_text
+from quantize.report.paired.pairing import Paired, pair
 
 
 def arrays(logits, token=None, document=None, k=8):
@@ -207,7 +207,7 @@ def test_the_mean_s_interval_and_delta_p():
 
 def test_the_mean_s_interval_covers_at_its_rate(monkeypatch):
     """Each document has its own mean KL; the truth is their population's."""
-    monkeypatch.setattr("quantize.report.intervals.RESAMPLES", 500)
+    monkeypatch.setattr("quantize.report.paired.intervals.RESAMPLES", 500)
     generator = np.random.default_rng(2)
     document, hits = np.repeat(np.arange(60), 5), 0
     before = arrays(np.log([[0.5, 0.5]] * 300), np.zeros(300, int), document, 2)
@@ -224,7 +224,9 @@ def test_the_mean_s_interval_covers_at_its_rate(monkeypatch):
 def test_divergence_does_not_depend_on_the_pieces_it_is_computed_in(monkeypatch):
     sides = arrays(baseline_side().logits), arrays(candidate_side().logits)
     whole = divergence(*sides)
-    monkeypatch.setattr("quantize.report.divergence.chunks", lambda total, size: [7] * 34 + [2])
+    monkeypatch.setattr(
+        "quantize.report.paired.divergence.chunks", lambda total, size: [7] * 34 + [2]
+    )
     assert divergence(*sides) == whole
 
 

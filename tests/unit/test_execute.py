@@ -42,7 +42,8 @@ RESOLVED = Resolved(RECIPE, Path(), "cpu", {})
 
 
 def passed(value: float) -> dict[str, Any]:
-    gate = {"name": "perplexity_ratio", "value": value, "limit": 1.1, "passed": value <= 1.1}
+    says = f"perplexity is ×{value}, the limit is 1.1"
+    gate = {"name": "perplexity", "says": says, "passed": value <= 1.1}
     return {"gates": [gate]}
 
 
@@ -370,7 +371,7 @@ def test_a_full_disk_is_no_bug(bench: Bench) -> None:
 def test_a_failed_gate_stops_before_publishing_but_after_the_card(bench: Bench) -> None:
     bench.toys["compare"].value = 1.25
     for _ in range(2):  # and again when everything is there
-        with pytest.raises(GateError, match=r"perplexity_ratio is 1\.25, the limit is 1\.1"):
+        with pytest.raises(GateError, match=r"perplexity is ×1\.25, the limit is 1\.1"):
             bench.run()
         assert bench.diary() == ["fetch", "compress", "compare", "card"]
         assert "card" in bench.outcome.artifacts

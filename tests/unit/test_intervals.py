@@ -5,8 +5,8 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from quantize.report import intervals
-from quantize.report.intervals import (
+from quantize.report.paired import intervals
+from quantize.report.paired.intervals import (
     ALPHA,
     Student,
     clustered_error,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.records import Lint
-from quantize.report.lint import NAMED_ROWS, language, lint
-from quantize.report.overlap import RowIndex, has_marker
+from quantize.report.paired.lint import NAMED_ROWS, language, lint
+from quantize.report.paired.overlap import RowIndex, has_marker
 
 SYSTEM = (
     "You are a careful and friendly assistant who answers every question about the valley as well "

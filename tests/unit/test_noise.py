@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from records_fixture import baseline_side, candidate_side, questions, token_arrays
 
-from quantize.report.divergence import TokenLogprobs
-from quantize.report.noise import (
+from quantize.report.paired.divergence import TokenLogprobs
+from quantize.report.paired.noise import (
     add_text_noise,
     noise_level,
     task_level,
     task_noise,
     text_level,
 )
-from quantize.report.pairing import Paired
+from quantize.report.paired.pairing import Paired
 
 
 def paired(first, second):

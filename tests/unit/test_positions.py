@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from records_fixture import baseline_side, candidate_side, questions, sample, token_arrays
 
-from quantize.report.divergence import TokenLogprobs, position_divergence
-from quantize.report.pairing import pair
-from quantize.report.positions import MOST_FLIPS, flips, histogram, series
+from quantize.report.paired.divergence import TokenLogprobs, position_divergence
+from quantize.report.paired.pairing import pair
+from quantize.report.paired.positions import MOST_FLIPS, flips, histogram, series
 
 
 def text(logprob, position, document=None):

@@ -8,8 +8,8 @@ import pytest
 import report_fixture as fixture
 
 from quantize.records import CompareRecord, Details, MeasureRecord
-from quantize.report.html import Subject, brief, choices, expected, render_report
-from quantize.report.shape import problems
+from quantize.report.page.html import Subject, brief, choices, expected, render_report
+from quantize.report.page.shape import problems
 
 VOID = {"meta", "link", "input", "br", "line", "rect", "circle", "path"}
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from records_fixture import task_record
 
-from quantize.report.intervals import paired_mean
-from quantize.report.pairing import Paired
-from quantize.report.retention import retention
+from quantize.report.paired.intervals import paired_mean
+from quantize.report.paired.pairing import Paired
+from quantize.report.paired.retention import retention
 
 
 def kept(base, tuned, candidate, cluster=None, **task):

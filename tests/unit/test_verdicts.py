@@ -5,10 +5,10 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from quantize.recipe import GateRules, Margins
-from quantize.report.aggregate import average
-from quantize.report.gates import gates
-from quantize.report.intervals import Student, paired_mean
-from quantize.report.verdicts import (
+from quantize.report.paired.aggregate import average
+from quantize.report.paired.gates import gates
+from quantize.report.paired.intervals import Student, paired_mean
+from quantize.report.paired.verdicts import (
     Question,
     Rules,
     holm,

@@ -15,7 +15,7 @@ from typing import Any
 from py3langid.langid import MODEL_FILE, LanguageIdentifier  # type: ignore[import-untyped]
 
 from quantize.records import Lint, LintFinding
-from quantize.report.overlap import NGRAM, Overlap, RowIndex, has_marker, without_markers
+from quantize.report.paired.overlap import NGRAM, Overlap, RowIndex, has_marker, without_markers
 
 NAMED_ROWS = 10
 """So many rows are named in a finding."""

@@ -12,11 +12,20 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from quantize.report.axes import log_ticks, tick_texts, ticks
-from quantize.report.figures import Bars, Forest, Lines, Mark, Pair, Scatter
-from quantize.report.formats import MINUS
-from quantize.report.svg_parts import UNITS, canvas, join, number, path, share, state_class, x_axis
-from quantize.report.svg_scatter import draw_scatter, scatter_words
+from quantize.report.page.axes import log_ticks, tick_texts, ticks
+from quantize.report.page.figures import Bars, Forest, Lines, Mark, Pair, Scatter
+from quantize.report.page.formats import MINUS
+from quantize.report.page.svg_parts import (
+    UNITS,
+    canvas,
+    join,
+    number,
+    path,
+    share,
+    state_class,
+    x_axis,
+)
+from quantize.report.page.svg_scatter import draw_scatter, scatter_words
 
 ROW = 28  # height of a forest's row in px
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.records import TaskDelta, Verdict
-from quantize.report.figures import (
+from quantize.report.page.figures import (
     Figure,
     Forest,
     Mark,
@@ -17,9 +17,9 @@ from quantize.report.figures import (
     in_points,
     pareto,
 )
+from quantize.report.page.subject import Subject
 from quantize.report.redact import redact
 from quantize.report.results import LABELS, Record, method_text, model_verdict
-from quantize.report.subject import Subject
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from quantize.records import Aggregate, TaskDelta
-from quantize.report.intervals import Floats, Student
+from quantize.report.paired.intervals import Floats, Student
 
 
 def average(estimates: Sequence[Student]) -> Student:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from quantize.errors import SourceError
 from quantize.records import Answered, MeasureRecord, Perplexity, Task
-from quantize.report.divergence import TokenLogprobs
+from quantize.report.paired.divergence import TokenLogprobs
 from quantize.store import Artifact
 
 TextName = Literal["perplexity", "own_perplexity"]

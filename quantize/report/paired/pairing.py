@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from quantize.errors import SourceError
-from quantize.report.intervals import Floats, Integers
+from quantize.report.paired.intervals import Floats, Integers
 
 SAME_QUESTIONS = (
     "compare the tokenizers and chat templates of the two checkpoints: the audit names what differs"

@@ -8,12 +8,12 @@ import numpy as np
 
 from quantize.errors import SourceError
 from quantize.records import CompareRecord, Missing, Noise
-from quantize.report.divergence import same_text
-from quantize.report.health import health_deltas
-from quantize.report.noise import add_text_noise, task_level, task_noise, text_level
-from quantize.report.pairing import pair
-from quantize.report.retention import retention
-from quantize.report.sides import TEXTS, Side, TextName
+from quantize.report.paired.divergence import same_text
+from quantize.report.paired.health import health_deltas
+from quantize.report.paired.noise import add_text_noise, task_level, task_noise, text_level
+from quantize.report.paired.pairing import pair
+from quantize.report.paired.retention import retention
+from quantize.report.paired.sides import TEXTS, Side, TextName
 from quantize.store import Artifact
 
 
@@ -96,7 +96,7 @@ def add_health(record: CompareRecord, before: Side, after: Side) -> None:
 
 def add_lint(record: CompareRecord, calibrate: Artifact, before: Side) -> None:
     """The calibration data held against the prompts of the baseline's tasks."""
-    from quantize.report.lint import lint
+    from quantize.report.paired.lint import lint
 
     text = calibrate.file("rows.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from quantize.errors import SourceError
 from quantize.records import Divergence, Perplexity
-from quantize.report.intervals import Floats, Integers, chunks, resampled_mean, token_units
-from quantize.report.pairing import SAME_QUESTIONS
+from quantize.report.paired.intervals import Floats, Integers, chunks, resampled_mean, token_units
+from quantize.report.paired.pairing import SAME_QUESTIONS
 
 TAIL_FLOOR = 1e-6
 """Float32 log-probabilities do not tell 1 - Σp from zero below about this."""
@@ -116,9 +116,9 @@ def divergence(
     """KL(baseline ‖ candidate) in nats per scored position, Δp and top-1 agreement.
 
     Mean (Σ over positions / positions, with a 95% interval from a bootstrap over documents as in
-    :func:`quantize.report.deltas.perplexity_delta`), median, 99th and 99.9th percentile and maximum
-    of :func:`position_divergence`, which is a lower bound of the KL over the whole vocabulary;
-    `nats` is its result where it is known already.
+    :func:`quantize.report.paired.deltas.perplexity_delta`), median, 99th and 99.9th percentile and
+    maximum of :func:`position_divergence`, which is a lower bound of the KL over the whole
+    vocabulary; `nats` is its result where it is known already.
 
     Δp = p_candidate - p_baseline of the text's own token: mean, root mean square, percentiles.
 

@@ -6,13 +6,13 @@ import numpy as np
 from scipy import special
 
 from quantize.records import Retention, Task
-from quantize.report.intervals import (
+from quantize.report.paired.intervals import (
     ALPHA,
     Floats,
     clustered_covariance,
     paired_mean,
 )
-from quantize.report.pairing import Paired
+from quantize.report.paired.pairing import Paired
 
 
 def retention(task: Task, paired: Paired) -> Retention:

@@ -26,7 +26,7 @@ from scipy import special
 
 from quantize.recipe import GateRules, Margins
 from quantize.records import TaskDelta, Verdict, VerdictName
-from quantize.report.intervals import ALPHA, POWER, Estimate
+from quantize.report.paired.intervals import ALPHA, POWER, Estimate
 
 DEFAULT_RECOVERY = {4: 0.97, 8: 0.99}
 DEFAULT_PERPLEXITY_RATIO = {4: 1.05, 8: 1.01}

@@ -2,7 +2,8 @@
 
 Pure functions of what the two `measure` artifacts hold. Both sides answered the same questions, so
 every number here is paired (by token, by document): the questions' own spread, which is much larger
-than the effect of quantization, cancels. KL divergence is in :mod:`quantize.report.divergence`.
+than the effect of quantization, cancels. KL divergence is in
+:mod:`quantize.report.paired.divergence`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from scipy import stats
 
 from quantize.errors import SourceError
 from quantize.records import PerplexityDelta, Task, TaskDelta
-from quantize.report.divergence import TokenLogprobs, check_paired
-from quantize.report.intervals import (
+from quantize.report.paired.divergence import TokenLogprobs, check_paired
+from quantize.report.paired.intervals import (
     MIN_UNITS,
     Floats,
     Resampled,
@@ -23,7 +24,7 @@ from quantize.report.intervals import (
     resampled_mean,
     token_units,
 )
-from quantize.report.pairing import Paired
+from quantize.report.paired.pairing import Paired
 
 
 def perplexity_delta(
@@ -35,8 +36,8 @@ def perplexity_delta(
     ratio = candidate / baseline = exp(Σ (logprob_b - logprob_c) / tokens): 1.01 means that the
     candidate is as surprised as if it chose among 1% more tokens. The interval is a bootstrap over
     documents, because tokens of one document are not independent
-    (:class:`quantize.report.intervals.Resampled`). A text of fewer than `MIN_UNITS` documents
-    is resampled in `MIN_UNITS` blocks of consecutive tokens.
+    (:class:`quantize.report.paired.intervals.Resampled`). A text of fewer than `MIN_UNITS`
+    documents is resampled in `MIN_UNITS` blocks of consecutive tokens.
 
     Raises SourceError if the sides scored other tokens, or fewer than `MIN_UNITS`.
     """
@@ -74,8 +75,8 @@ def task_delta(task: Task, paired: Paired) -> tuple[TaskDelta, Student]:
     `paired` holds the baseline and the candidate. score = mean over documents, in the metric's
     unit; a sampled answer's score is the mean of its repeats. standard_error: paired,
     sd(differences)/√n (ddof 1), or clustered where documents are not independent. The 95% interval
-    is that of :func:`quantize.report.intervals.paired_mean`; for 0/1 scores it does not collapse to
-    a point when few or no answers flipped.
+    is that of :func:`quantize.report.paired.intervals.paired_mean`; for 0/1 scores it does not
+    collapse to a point when few or no answers flipped.
 
     `lost` and `gained` count documents whose score got worse or better (for 0/1: right before and
     wrong after). `mcnemar_p`: exact two-sided McNemar test, binomial(lost; lost + gained, ½); it
@@ -87,7 +88,7 @@ def task_delta(task: Task, paired: Paired) -> tuple[TaskDelta, Student]:
     recovery below 1 it is a little wider than one that takes the baseline's score as random.
 
     `detectable`: smallest true loss that 80% of such measurements would find
-    (:attr:`quantize.report.intervals.Student.detectable`).
+    (:attr:`quantize.report.paired.intervals.Student.detectable`).
     """
     before, after = paired.scores
     change = after - before

@@ -16,18 +16,18 @@ from quantize.records import (
     Missing,
     TaskDelta,
 )
-from quantize.report.aggregate import aggregate, average
-from quantize.report.alarms import alarms
-from quantize.report.companions import add_health, add_lint, add_noise, add_retention
-from quantize.report.deltas import perplexity_delta, task_delta
-from quantize.report.divergence import divergence, position_divergence, same_text
-from quantize.report.gates import gates
-from quantize.report.intervals import MIN_UNITS, Student
-from quantize.report.pairing import pair
-from quantize.report.positions import flips, histogram, series
-from quantize.report.sides import TEXTS, Side, TextName
-from quantize.report.smoke import failed_checks, smoke_deltas
-from quantize.report.verdicts import Question, Rules, judge, model_verdict
+from quantize.report.paired.aggregate import aggregate, average
+from quantize.report.paired.alarms import alarms
+from quantize.report.paired.companions import add_health, add_lint, add_noise, add_retention
+from quantize.report.paired.deltas import perplexity_delta, task_delta
+from quantize.report.paired.divergence import divergence, position_divergence, same_text
+from quantize.report.paired.gates import gates
+from quantize.report.paired.intervals import MIN_UNITS, Student
+from quantize.report.paired.pairing import pair
+from quantize.report.paired.positions import flips, histogram, series
+from quantize.report.paired.sides import TEXTS, Side, TextName
+from quantize.report.paired.smoke import failed_checks, smoke_deltas
+from quantize.report.paired.verdicts import Question, Rules, judge, model_verdict
 from quantize.store import Artifact
 
 

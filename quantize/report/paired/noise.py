@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from quantize.records import Noise, NoiseTask
-from quantize.report.deltas import lost_nats
-from quantize.report.divergence import TokenLogprobs, divergence
-from quantize.report.intervals import Floats
-from quantize.report.pairing import Paired
+from quantize.report.paired.deltas import lost_nats
+from quantize.report.paired.divergence import TokenLogprobs, divergence
+from quantize.report.paired.intervals import Floats
+from quantize.report.paired.pairing import Paired
 
 
 def add_text_noise(noise: Noise, baseline: TokenLogprobs, repeat: TokenLogprobs) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from quantize.records import Flip, Histogram, Series
-from quantize.report.divergence import TokenLogprobs
-from quantize.report.intervals import Floats
-from quantize.report.pairing import Paired, Sample
+from quantize.report.paired.divergence import TokenLogprobs
+from quantize.report.paired.intervals import Floats
+from quantize.report.paired.pairing import Paired, Sample
 
 MOST_BINS = 32
 HISTOGRAM_BINS = 61

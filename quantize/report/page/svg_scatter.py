@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from quantize.report.axes import tick_texts, ticks
-from quantize.report.figures import Point, Scatter
-from quantize.report.svg_parts import NOTHING, canvas, join, number, path, share, state_class
+from quantize.report.page.axes import tick_texts, ticks
+from quantize.report.page.figures import Point, Scatter
+from quantize.report.page.svg_parts import NOTHING, canvas, join, number, path, share, state_class
 
 LABEL_GAP = 7.5  # percent of the height between two names
 

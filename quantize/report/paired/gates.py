@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from quantize.recipe import GateRules
 from quantize.records import Gate, SmokeDelta, Verdict
-from quantize.report.pairing import SAME_QUESTIONS
+from quantize.report.paired.pairing import SAME_QUESTIONS
 
 HELP_INFERIOR = (
     "more bits for the sensitive modules (`quantize search`), another method or scheme, or "

@@ -1,7 +1,7 @@
 """The report's pictures as PNG and SVG files, for slides and papers; drawn by matplotlib.
 
-The same data as on the page (:mod:`quantize.report.figures`), in the light colours. The same record
-gives the same bytes with the same matplotlib: no dates, fixed ids, none of the user's settings.
+The same data as on the page (:mod:`quantize.report.page.figures`), in the light colours. The same
+record gives the same bytes with the same matplotlib: no dates, fixed ids, no user settings.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.report.axes import log_ticks
-from quantize.report.figures import (
+from quantize.report.page.axes import log_ticks
+from quantize.report.page.figures import (
     Bars,
     Figure,
     Forest,
@@ -19,7 +19,7 @@ from quantize.report.figures import (
     Pairs,
     Scatter,
 )
-from quantize.report.formats import MINUS
+from quantize.report.page.formats import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup
 
-from quantize.report.formats import MINUS
+from quantize.report.page.formats import MINUS
 
 UNITS = 1000  # of a path's own coordinates
 NOTHING = Markup("")

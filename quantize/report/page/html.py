@@ -16,12 +16,12 @@ import jinja2
 import yaml
 
 from quantize.records import CompareRecord, Details, Flip, Verdict
-from quantize.report import figures, models, svg, svg_parts
-from quantize.report.formats import FILTERS
 from quantize.report.markdown import clip
+from quantize.report.page import figures, models, svg, svg_parts
+from quantize.report.page.formats import FILTERS
+from quantize.report.page.subject import Subject
 from quantize.report.redact import redact
 from quantize.report.results import LABELS, Record, method_text, model_verdict, smoke_counts
-from quantize.report.subject import Subject
 
 GENERATOR = "quantize report"
 """The page says in its head what made it, so that no other file is overwritten."""

@@ -1,0 +1,1 @@
+"""Two sides that answered the same questions: differences, intervals, verdicts. Pure functions."""
