@@ -69,6 +69,7 @@ def measure(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     _save(output, windows, scored, text.top_k)
+    _save_documents(output.with_suffix(".jsonl"), documents, windows)
     total_nats = -math.fsum(value for prompt in scored for value in prompt.logprobs)
     tokens = sum(len(prompt.logprobs) for prompt in scored)
     if total_nats / tokens > MAX_NATS:
@@ -92,6 +93,14 @@ def measure(
         "total_nats": total_nats,
         "perplexity": math.exp(total_nats / tokens),
     }
+
+
+def _save_documents(output: Path, documents: Sequence[str], windows: Sequence[Window]) -> None:
+    """The texts that were scored, a line each: what calibration data must not overlap with."""
+    scored = sorted({window.document for window in windows})
+    rows = ({"document": number, "text": documents[number]} for number in scored)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    output.write_text(lines, encoding="utf-8")
 
 
 def read_documents(path: Path, field: str) -> list[str]:

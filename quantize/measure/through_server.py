@@ -61,13 +61,13 @@ def _texts(
         record["perplexity"] = parts.get(
             "perplexity", lambda: _perplexity(context, running, "text", text, name)
         )
-        _take(context, name, context.files)
+        _take_text(context, name)
     if (own := scope.own_text) is not None:
         name = "own_token_logprobs.npz"
         record["own_perplexity"] = parts.get(
             "own_perplexity", lambda: _perplexity(context, running, "own_text", own, name)
         )
-        _take(context, name, context.files)
+        _take_text(context, name)
 
 
 def _tasks(
@@ -223,6 +223,12 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
     if running.kv_cache_tokens is not None:
         serving["kv_cache_tokens"] = running.kv_cache_tokens
     return serving
+
+
+def _take_text(context: StageContext, name: str) -> None:
+    """The arrays of a text's tokens, and the documents that were scored."""
+    for file in (name, name.replace(".npz", ".jsonl")):
+        _take(context, file, context.files)
 
 
 def _take(context: StageContext, name: str, folder: Path) -> None:

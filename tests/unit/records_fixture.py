@@ -24,6 +24,12 @@ DOCUMENTS = 24
 TOKENS_PER_DOCUMENT = 10
 
 
+HELD_OUT = (
+    "The bridge below the mill was built of oak in the year of the long frost and has been mended "
+    "twice since, once by the miller and once by nobody who would give a name."
+)
+
+
 @dataclass
 class Side:
     """What one served model does; two sides of one comparison differ in these alone."""
@@ -219,10 +225,14 @@ def _served(record: dict[str, Any], side: Side) -> dict[str, Any]:
         "kv_cache_tokens": 58_240,
         "prometheus": {"vllm:num_preemptions_total": 0.0},
     }
-    files: dict[str, Any] = {"token_logprobs.npz": _npz(arrays)}
+    files: dict[str, Any] = {
+        "token_logprobs.npz": _npz(arrays),
+        "token_logprobs.jsonl": _json_lines([{"document": 0, "text": HELD_OUT}]),
+    }
     if side.own_text:
         record["own_perplexity"] = {**record["perplexity"], "text": "own.jsonl"}
-        files["own_token_logprobs.npz"] = files["token_logprobs.npz"]
+        for suffix in ("npz", "jsonl"):
+            files[f"own_token_logprobs.{suffix}"] = files[f"token_logprobs.{suffix}"]
     if side.health:
         record["health"] = {"prompts": len(side.health), "prompts_sha256": "c" * 64}
         files["health.jsonl"] = _json_lines(side.health)

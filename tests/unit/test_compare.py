@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from records_fixture import (
+    HELD_OUT,
     RECIPE,
     artifact,
     baseline_side,
@@ -469,6 +470,7 @@ def test_the_key_holds_margins_gate_and_bits(tmp_path):
 def test_the_stage_writes_the_record_and_what_the_report_shows(tmp_path):
     store = new_store(tmp_path)
     rows = [{"row": n, "text": f"Row {n} of the calibration data.", "tokens": 9} for n in (3, 8)]
+    rows[1]["text"] = HELD_OUT
     statistics = {"sequences": 2, "sequence_length": 64, "tokens": 18, "rows_used": 2}
     statistics |= {"packing": False, "chat_template_applied": False, "rows": 9}
     statistics |= {"rows_by_kind": {"text": 2}}
@@ -501,6 +503,9 @@ def test_the_stage_writes_the_record_and_what_the_report_shows(tmp_path):
     ]
     assert record["verdicts"][-1]["name"] == "model"
     assert record["lint"]["rows"] == 2
+    (overlap,) = [f for f in record["lint"]["findings"] if f["kind"] == "overlap"]
+    assert overlap["rows"] == [8]
+    assert "held-out text" in overlap["message"]
     assert {"noise", "aggregate"} <= set(record)
     assert len(record["retention"]) == 2
     assert set(details) == {"series", "delta_log_p", "flips"}

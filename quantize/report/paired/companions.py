@@ -95,13 +95,19 @@ def add_health(record: CompareRecord, before: Side, after: Side) -> None:
 
 
 def add_lint(record: CompareRecord, calibrate: Artifact, before: Side) -> None:
-    """The calibration data held against the prompts of the baseline's tasks."""
+    """The calibration data held against the baseline's held-out texts and its tasks' prompts."""
     from quantize.report.paired.lint import lint
 
     text = calibrate.file("rows.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line]
     documents = {
         name: [sample["prompt"] for sample in before.samples(name)] for name in before.tasks
+    }
+    names: dict[TextName, str] = {"perplexity": "held-out text", "own_perplexity": "own text"}
+    documents |= {
+        label: before.documents(name)
+        for name, label in names.items()
+        if before.text(name) is not None
     }
     templated = any(task["chat_template"] for task in before.record["tasks"])
     record["lint"] = lint(rows, calibrate.json("calibrate.json"), documents, templated)

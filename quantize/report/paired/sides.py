@@ -46,6 +46,11 @@ class Side:
         """What the server said of a text's tokens."""
         return TokenLogprobs.load(self._file(TEXTS[name]))
 
+    def documents(self, name: TextName) -> list[str]:
+        """The documents of a text that were scored."""
+        lines = self._lines(TEXTS[name].replace(".npz", ".jsonl"))
+        return [str(line["text"]) for line in lines]
+
     def samples(self, task: str) -> list[dict[str, Any]]:
         """The answers to a task, one a document."""
         return self._lines(f"samples/{task}.jsonl")
