@@ -15,6 +15,7 @@ from quantize.report.redact import redact
 from quantize.report.results import (
     HUB_ID,
     Record,
+    health_rows,
     method_text,
     model_verdict,
     noise_text,
@@ -51,6 +52,7 @@ def render_card(record: Record) -> str:
         verdict_rows=verdict_rows(record["compare"]) if "compare" in record else [],
         verdict=model_verdict(record["compare"]) if "compare" in record else None,
         retention_rows=retention_rows(record["compare"]) if "compare" in record else [],
+        health_rows=health_rows(record["compare"]) if "compare" in record else [],
         noise=noise_text(record["compare"]) if "compare" in record else "",
         serve_command=serve_command(record),
         transformers_code=transformers_code(record),

@@ -177,6 +177,30 @@ def _retention_row(retention: Retention) -> RetentionRow:
     )
 
 
+HEALTH = {
+    "repeating": "Repeats itself",
+    "ended_early": "Ends early",
+    "cut_off": "Cut off at the longest answer",
+    "invalid_utf8": "Broken text (UTF-8)",
+    "template_echo": "Echoes the chat template",
+    "schema_valid": "Holds to the JSON schema",
+}
+"""What each rate of :class:`quantize.records.Health` says of an answer."""
+
+
+def health_rows(compare: CompareRecord) -> list[Row]:
+    """Share of the prompts of generation health with each property, on both sides."""
+    return [
+        Row(
+            HEALTH[rate["name"]],
+            f"{100 * rate['baseline']:.1f}%",
+            f"{100 * rate['candidate']:.1f}%",
+            flips=f"{rate['got_worse']:,} got worse, {rate['got_better']:,} better",
+        )
+        for rate in compare["health"]
+    ]
+
+
 def noise_text(compare: CompareRecord) -> str:
     """What the baseline measured twice showed, in a sentence; empty where it was not."""
     if "noise" not in compare:
