@@ -86,6 +86,21 @@ def _compiles(entry: str) -> str:
     return entry
 
 
+def _number_or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One sentence instead of two errors, for a limit that may be lifted."""
+    try:
+        return handler(value)
+    except ValidationError as error:
+        numbers = [e for e in error.errors() if e["type"] not in ("literal_error", "float_type")]
+        if isinstance(value, int | float) and not isinstance(value, bool) and numbers:
+            limit = numbers[0]["msg"].removeprefix("Input should be ")
+            raise ValueError(f"expected a number {limit}, or none; got {value:g}") from None
+        raise ValueError("expected a number, or none for no limit") from None
+
+
+Unlimited = Literal["none"]
+Recovery = Annotated[Fraction | Unlimited, WrapValidator(_number_or_none)]
+Ratio = Annotated[Annotated[float, Field(gt=1)] | Unlimited, WrapValidator(_number_or_none)]
 GroupSize = Annotated[PositiveInt | Literal["channel"], WrapValidator(_whole_or_channel)]
 ModulePattern = Annotated[str, AfterValidator(_compiles)]
 """A module's full name, or 're:' and a pattern that matches from the start of the full name."""
@@ -257,13 +272,10 @@ def _filled_in(
     return (group_size or DEFAULT_GROUP_SIZE) if scheme in GROUPED else None
 
 
-Unlimited = Literal["none"]
-
-
 class TaskMargin(Block):
     """How much worse one task's score may be: one of the two."""
 
-    recovery: Fraction | Unlimited | None = Field(
+    recovery: Recovery | None = Field(
         None, description="Lowest share of the baseline's score that must be left, or none."
     )
     drop: Fraction | None = Field(
@@ -284,12 +296,12 @@ class Margins(Block):
     inside, inferior where it is outside, else inconclusive.
     """
 
-    perplexity_ratio: Annotated[float, Field(gt=1)] | Unlimited | None = Field(
+    perplexity_ratio: Ratio | None = Field(
         None,
         description="Highest candidate/baseline perplexity, or none. Default: 1.05 with 4-bit "
         "weights, 1.01 with 8-bit ones.",
     )
-    recovery: Fraction | Unlimited | None = Field(
+    recovery: Recovery | None = Field(
         None,
         description="Lowest share of a task's baseline score that must be left, or none. Default: "
         "0.97 with 4-bit weights, 0.99 with 8-bit ones.",
