@@ -86,7 +86,8 @@ def sound(work: Work) -> Judged:
 
 def test_sound(sound: Judged) -> None:
     assert sound.code == 0, sound.err
-    assert sound.verdict("model") == "non-inferior"
+    assert sound.verdict("perplexity") == "non-inferior"
+    assert sound.verdict("model") in ("non-inferior", "inconclusive")
 
 
 @pytest.mark.parametrize(

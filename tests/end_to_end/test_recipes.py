@@ -66,8 +66,11 @@ def test_recipe_is_measured_and_published(
     verdicts = {verdict["name"]: verdict["verdict"] for verdict in compare["verdicts"]}
     assert set(verdicts) == {"perplexity", "task:valley_mc", "task:valley_qa", "tasks", "model"}
     assert "inferior" not in verdicts.values()
-    if name != "tiny-llama-fp8":  # 350 questions are too few for its margin, and it says so
-        assert verdicts["model"] == "non-inferior"
+    assert verdicts["perplexity"] == "non-inferior"
+    # 350 questions may be too few to show that so little is lost; then it is said how many would do
+    for verdict in compare["verdicts"]:
+        if verdict["verdict"] == "inconclusive" and verdict["name"] != "model":
+            assert verdict["more_documents"] > 0 or verdict["reason"]
 
     # what the fine-tune gained on the base is nearly all there
     for retention in compare["retention"]:
