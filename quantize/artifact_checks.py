@@ -27,6 +27,9 @@ Round-to-nearest on Gaussian weights gives .994 and .99997, GPTQ somewhat less b
 weights to make up for others; a weight of another module, or one unpacked wrongly, gives about 0.
 """
 
+GAIN = (0.7, 1.4)
+"""Between these a dequantized row is as long as the source's. A cosine does not see a wrong scale."""
+
 ATTENTION = re.compile(r"^(.*)\.(k_proj|kv_b_proj|qkv_proj|query_key_value|c_attn)\.weight$")
 """The linear that makes keys, by which a module that has a KV cache is known."""
 
@@ -264,7 +267,10 @@ def _kept(coverage: Coverage, rescales: bool) -> Check:
 
 
 def _fidelity(coverage: Coverage, rescales: bool, report: Callable[[int], None]) -> Check:
-    """Dequantized rows point where the source's rows do."""
+    """Dequantized rows point where the source's rows do, and are as long.
+
+    With AWQ (`rescales`) lengths say nothing: it moves factors between layers on purpose.
+    """
     faults: list[str] = []
     lowest: dict[int, float] = {}  # by bits
     for module, linear in coverage.quantized.items():
@@ -274,6 +280,9 @@ def _fidelity(coverage: Coverage, rescales: bool, report: Callable[[int], None])
         ours = form.dequantized_rows(linear.tensors, rows, info.shape[1])
         if rescales:
             theirs = _rescaled(theirs, ours)
+        elif (wrong := _wrong_gain(theirs, ours)) is not None:
+            row, gain = wrong
+            faults.append(f"{module}: row {rows[row]} is {gain:.2f} times the source's")
         cosine = _cosine(theirs, ours)
         lowest[form.bits] = min(lowest.get(form.bits, 1.0), cosine)
         if not cosine >= LEAST_COSINE[form.bits]:
@@ -310,6 +319,17 @@ def _rescaled(
             product = np.sum(theirs * ours, axis=axis, keepdims=True)
             theirs = theirs * np.divide(product, square, out=np.ones_like(square), where=square > 0)
     return theirs
+
+
+def _wrong_gain(
+    theirs: npt.NDArray[np.float32], ours: npt.NDArray[np.float32]
+) -> tuple[int, float] | None:
+    """First row whose factor <x, y> / <x, x> is outside `GAIN`, with it; zero rows have none."""
+    square = np.sum(theirs * theirs, axis=1)
+    product = np.sum(theirs * ours, axis=1)
+    gain = np.divide(product, square, out=np.ones_like(square), where=square > 0)
+    wrong = np.flatnonzero(~((gain >= GAIN[0]) & (gain <= GAIN[1])))
+    return (int(wrong[0]), float(gain[wrong[0]])) if len(wrong) else None
 
 
 def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:

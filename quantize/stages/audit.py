@@ -26,7 +26,7 @@ from quantize.protocol import write_json
 from quantize.recipe import Quantize
 from quantize.stages.base import Resolved, StageContext
 
-VERSION = 1
+VERSION = 2
 
 TOLERATED: dict[str, dict[str, str]] = {
     "tokenizer.json": {

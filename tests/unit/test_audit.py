@@ -294,6 +294,16 @@ def test_the_weights_of_another_module(source: Path, ours: Path, method: str) ->
     assert Q_PROJ in found["quantized weights are the source's"]
 
 
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_scale_that_is_wrong(source: Path, ours: Path, factor: float) -> None:
+    scale = quantized_tensors(llama_tensors(), ASYM)[f"{Q_PROJ}.weight_scale"][1].copy()
+    scale[3] = bf16(floats(scale[3]) * factor)
+    damage(ours, **{f"{Q_PROJ}.weight_scale": ("BF16", scale)})
+    found = failed(source, ours)
+    assert found.keys() == {"quantized weights are the source's"}
+    assert f"{Q_PROJ}: row 3 is {factor:.1f}" in found["quantized weights are the source's"]
+
+
 def test_a_source_in_fp32_is_rounded_once(tmp_path: Path) -> None:
     generator = np.random.default_rng(5)
     wide = {
