@@ -28,7 +28,7 @@ weights to make up for others; a weight of another module, or one unpacked wrong
 """
 
 GAIN = (0.7, 1.4)
-"""Between these a dequantized row is as long as the source's. A cosine does not see a wrong scale."""
+"""Between these a dequantized row is as long as the source's: a cosine sees no wrong scale."""
 
 ATTENTION = re.compile(r"^(.*)\.(k_proj|kv_b_proj|qkv_proj|query_key_value|c_attn)\.weight$")
 """The linear that makes keys, by which a module that has a KV cache is known."""
