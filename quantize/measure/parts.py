@@ -21,12 +21,19 @@ class Parts:
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The part's value, made now if it is not there yet."""
-        path = self._path(name)
-        if not path.exists():
+        if not self.has(name):
             started = time.monotonic()
             value = make()
-            write_json(path, {"value": value, "seconds": time.monotonic() - started})
-        stored = json.loads(path.read_text(encoding="utf-8"))
+            self.put(name, value, time.monotonic() - started)
+        return self.value(name)
+
+    def put(self, name: str, value: Any, seconds: float) -> None:
+        """Keep a part that was measured elsewhere."""
+        write_json(self._path(name), {"value": value, "seconds": seconds})
+
+    def value(self, name: str) -> Any:
+        """A finished part."""
+        stored = json.loads(self._path(name).read_text(encoding="utf-8"))
         self.seconds[name] = stored["seconds"]
         return stored["value"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,17 +78,50 @@ def _tasks(
     parts: Parts,
     record: MeasureRecord,
 ) -> None:
+    """All tasks that are not finished yet, own ones and lm-eval's in a process each."""
+    if not tasks:
+        return
+    _keep_finished(context, tasks, parts)
+    folder = context.resolved.paths.get("tasks")
+    own = own_task_names(folder) if folder is not None else set()
+    for is_own in (True, False):
+        waiting = [
+            task
+            for task in tasks
+            if (task.name in own) == is_own and not parts.has(f"task:{task.name}")
+        ]
+        if waiting:
+            try:
+                _evaluate(context, running, waiting, is_own)
+            finally:
+                _keep_finished(context, waiting, parts)
     samples = context.files / "samples"
-    if tasks:
-        samples.mkdir()
+    samples.mkdir()
     for task in tasks:
-        result = parts.get(
-            f"task:{task.name}",
-            lambda: _task(context, running, task),  # noqa: B023
-        )
-        context.versions.update(result.pop("versions"))
-        record["tasks"].append(result)
+        measured: Any = parts.value(f"task:{task.name}")
+        context.versions.update(measured.pop("versions"))
+        measured |= {
+            "name": task.name,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "num_fewshot": task.num_fewshot,
+            "chat_template": task.apply_chat_template,
+        }
+        record["tasks"].append(measured)
         _take(context, f"{task.name}.jsonl", samples)
+
+
+def _keep_finished(context: StageContext, tasks: Sequence[TaskRef], parts: Parts) -> None:
+    """What the worker has written of its tasks, also one that failed or was killed later."""
+    for task in tasks:
+        path = _result_file(context, task)
+        if path.exists():
+            parts.put(f"task:{task.name}", **json.loads(path.read_text(encoding="utf-8")))
+            path.unlink()
+
+
+def _result_file(context: StageContext, task: TaskRef) -> Path:
+    return context.work / f"{task.name}.result.json"
 
 
 def _health(
@@ -160,38 +194,31 @@ def _text_file(context: StageContext, name: str, text: PerplexityText) -> Path:
     return output
 
 
-def _task(context: StageContext, running: Running, task: TaskRef) -> dict[str, Any]:
-    own_tasks = context.resolved.paths.get("tasks")
-    label = f"{context.entry.id}-{task.name}"
-    body = task.model_dump(mode="json", exclude={"name", "higher_is_better"}) | {
-        "task": task.name,
+def _evaluate(context: StageContext, running: Running, tasks: Sequence[TaskRef], own: bool) -> None:
+    """One worker for these tasks; each leaves its result in a file."""
+    folder = context.resolved.paths.get("tasks")
+    body = {
         "base_url": f"{running.client.base_url}/v1/completions",
         "model": SERVED_NAME,
         "tokenizer": str(running.tokenizer),
         "concurrency": running.concurrency,
         "max_length": running.client.max_model_len(),
-        "tasks_folder": str(own_tasks) if own_tasks else None,
-        "samples": str(context.work / f"{task.name}.jsonl"),
+        "tasks_folder": str(folder) if folder else None,
+        "tasks": [
+            task.model_dump(mode="json", exclude={"name", "higher_is_better"})
+            | {
+                "task": task.name,
+                "samples": str(context.work / f"{task.name}.jsonl"),
+                "result": str(_result_file(context, task)),
+            }
+            for task in tasks
+        ],
     }
     # Own tasks read local files: their cache is ours, and no hub is asked.
     local = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(context.work / "datasets")}
-    own = own_tasks is not None and task.name in own_task_names(own_tasks)
-    result = context.runner.worker(
-        "lmeval",
-        "evaluate",
-        body,
-        work=context.work,
-        label=label,
-        env=local if own else hub_token(),
-    )
-    return {
-        "name": task.name,
-        "metric": task.metric,
-        "higher_is_better": task.higher_is_better,
-        "num_fewshot": task.num_fewshot,
-        "chat_template": task.apply_chat_template,
-        **result,
-    }
+    label = f"{context.entry.id}-{'own-tasks' if own else 'tasks'}"
+    env = local if own else hub_token()
+    context.runner.worker("lmeval", "evaluate", body, work=context.work, label=label, env=env)
 
 
 def _load(context: StageContext, running: Running, suite: Suite) -> Serving:

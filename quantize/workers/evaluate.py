@@ -1,13 +1,14 @@
-"""One lm-eval task against a served model.
+"""lm-eval tasks against a served model, all in one process: its imports take seconds.
 
 Runs in the lmeval environment. A task's `data_files` are relative to the folder of its YAML file.
 
 Request body: `base_url` (of `/v1/completions`), `model` (served name), `tokenizer` (folder),
-`task`, `metric`, `filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`, `repeats`,
-`temperature` (or null), `cluster` (or null), `concurrency`, `max_length`, `tasks_folder` (or null),
-`samples` (output file).
-Result body: `score`, `standard_error`, `documents`, `repeats`, `clusters` (where there are any),
-`version`, `prompts_sha256`, `versions`.
+`concurrency`, `max_length`, `tasks_folder` (or null), and `tasks`, each with `task`, `metric`,
+`filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`, `repeats`, `temperature` (or
+null), `cluster` (or null), `samples` and `result` (output files).
+A task's result is written when it is finished, whatever becomes of the next: `seconds`, and `value`
+with `score`, `standard_error`, `documents`, `repeats`, `clusters` (where there are any), `version`,
+`prompts_sha256`, `versions`. The result body is empty.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 
 import tqdm
 
-from quantize.protocol import Events, Request, WorkerError, worker_main
+from quantize.protocol import Events, Request, WorkerError, worker_main, write_json
 from quantize.workers.samples import collect
 
 SEED = 1234
@@ -33,15 +35,32 @@ AGAIN = "run the same command again; finished parts are not repeated"
 
 
 def run(request: Request, events: Events) -> dict[str, Any]:
-    """Evaluate the task and write one line per document."""
-    body = request.body
-    _report_progress(events, body["task"])
+    """Evaluate the tasks in order; each writes one line per document, and its result."""
+    shared = {key: value for key, value in request.body.items() if key != "tasks"}
+    versions = {"lm-eval": importlib.metadata.version("lm-eval")}
+    progress = _Progress(events)
+    manager = _manager(shared["tasks_folder"])
+    for task in request.body["tasks"]:
+        started = time.monotonic()
+        progress.task = task["task"]
+        value = _evaluate(shared | task, manager) | {"versions": versions}
+        seconds = time.monotonic() - started
+        write_json(Path(task["result"]), {"value": value, "seconds": seconds})
+    return {}
+
+
+def _manager(folder: str | None) -> Any:
+    """lm-eval's index of its own tasks and those of the suite's folder."""
     from lm_eval.tasks import TaskManager
 
     try:
-        manager = TaskManager(include_path=body["tasks_folder"])
+        return TaskManager(include_path=folder)
     except OSError as error:
-        raise WorkerError("SourceError", f"{body['tasks_folder']}: {error}") from error
+        raise WorkerError("SourceError", f"{folder}: {error}") from error
+
+
+def _evaluate(body: dict[str, Any], manager: Any) -> dict[str, Any]:
+    """One task: its result, and its samples in a file."""
     if body["task"] not in manager.all_tasks:
         raise WorkerError(
             "SourceError",
@@ -56,7 +75,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         group = loaded.get("groups", {}).get(body["task"])
         tasks = [group] if group is not None else list(loaded["tasks"].values())
         answers = [_ask(body, tasks, manager, SEED + number) for number in range(body["repeats"])]
-    return collect(body, answers) | {"versions": {"lm-eval": importlib.metadata.version("lm-eval")}}
+    return collect(body, answers)
 
 
 def _ask(body: dict[str, Any], tasks: list[Any], manager: Any, seed: int) -> dict[str, Any]:
@@ -211,21 +230,21 @@ def _refused(task: str, reason: str) -> WorkerError:
     return WorkerError(kind, f"task {task}: the server refuses a request: {reason}")
 
 
-def _report_progress(events: Events, task: str) -> None:
-    """Turn lm-eval's progress bars into events; they are looked up on the tqdm module."""
+class _Progress:
+    """Turns lm-eval's progress bars into events of the task at hand."""
 
-    def say(bar: Any) -> None:
-        if bar.total and "request" in (bar.desc or "").lower():
-            events.progress(f"task {task}", bar.n, bar.total, "requests")
+    def __init__(self, events: Events) -> None:
+        self.task = ""
+        original = tqdm.tqdm.update  # looked up on the module by everyone who shows a bar
 
-    original = tqdm.tqdm.update
+        def update(bar: Any, n: float | None = 1) -> bool | None:
+            shown: bool | None = original(bar, n)
+            what = getattr(bar, "desc", None) or ""  # a bar that is not shown has none
+            if bar.total and "request" in what.lower():
+                events.progress(f"task {self.task}", bar.n, bar.total, "requests")
+            return shown
 
-    def update(bar: Any, n: float | None = 1) -> bool | None:
-        shown: bool | None = original(bar, n)
-        say(bar)
-        return shown
-
-    tqdm.tqdm.update = update
+        tqdm.tqdm.update = update
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Task:
     model: Model
     url: str
     body: dict[str, Any] = field(default_factory=dict)
+    then: str | None = None  # another task, asked in the same process
 
     def write(self, rows: list[dict[str, Any]], **keys: str) -> None:
         (self.folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,7 +65,7 @@ class Task:
         self.body["metric"] = "acc"
 
     def run(self, **keys: Any) -> Any:
-        body = {
+        task = {
             "base_url": f"{self.url}/v1/completions",
             "model": "model",
             "tokenizer": str(ROOT / "examples" / "tiny_llama" / "instruct"),
@@ -84,6 +85,11 @@ class Task:
             **self.body,
             **keys,
         }
+        shared = ("base_url", "model", "tokenizer", "concurrency", "max_length", "tasks_folder")
+        task["result"] = str(self.folder / "own.result.json")
+        body = {name: task.pop(name) for name in shared} | {"tasks": [task]}
+        if self.then is not None:
+            body["tasks"].append(task | {"task": self.then, "result": f"{self.folder}/then.json"})
         request, result = self.folder / "request.json", self.folder / "result.json"
         job = Request("evaluate", body, str(self.folder), str(self.folder / "events.jsonl"))
         write_json(request, vars(job))
@@ -97,7 +103,12 @@ class Task:
                 stderr=log,
                 check=False,
             )
-        return load_result(result)
+        found = load_result(result)
+        if not found.ok:
+            return found
+        stored = json.loads(Path(task["result"]).read_text())
+        assert stored["seconds"] > 0
+        return replace(found, body=stored["value"])
 
     def samples(self) -> list[dict[str, Any]]:
         text = (self.folder / "samples.jsonl").read_text(encoding="utf-8")
@@ -192,6 +203,17 @@ def test_a_task_that_nobody_knows(task: Task) -> None:
     task.write(ROWS)
     result = task.run(task="onw")
     assert (result.kind, "knows no task 'onw'" in result.message) == ("SourceError", True)
+
+
+def test_a_finished_task_stays_when_the_next_one_fails(task: Task) -> None:
+    task.write(ROWS)
+    task.then = "nobody_knows_this"
+    found = task.run()
+    assert found.kind == "SourceError"
+    assert "nobody_knows_this" in found.message
+    stored = json.loads((task.folder / "own.result.json").read_text())
+    assert stored["value"]["documents"] == len(ROWS) == len(task.samples())
+    assert not (task.folder / "then.json").exists()
 
 
 def test_a_choice_cannot_be_sampled(task: Task) -> None:
