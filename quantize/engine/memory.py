@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from typing import Any
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-THRESHOLD_BYTES = 1 << 18
+THRESHOLD_BYTES = 1 << 20
 
 
 def peaks() -> dict[str, int]:
@@ -32,9 +33,25 @@ def return_freed_memory() -> None:
     size creeps up by some MiB a layer. Setting a threshold turns that off. Call it before the
     first large allocation. Does nothing where the C library is not glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _libc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES)
         mallopt(M_TRIM_THRESHOLD, THRESHOLD_BYTES)
+
+
+def trim() -> None:
+    """Give back what is free inside the heap, too: smaller blocks leave holes between others.
+
+    Without it the resident size still crept up by some 0.6 MiB a layer of width 512. Once a layer
+    is nothing; mapping the smaller blocks one by one instead cost a fifth of all time.
+    """
+    malloc_trim = _libc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _libc(name: str) -> Any:
+    """A function of glibc; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)

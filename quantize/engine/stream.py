@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
 
-from quantize.engine import sensitivity
+from quantize.engine import memory, sensitivity
 from quantize.engine.hidden import BATCH_TOKENS, HiddenStates, Sequences, fits
 from quantize.engine.journal import Journal
 from quantize.engine.layer import Done, Flow, Layer, Task, quantize_layer
@@ -73,6 +73,8 @@ def stream(body: dict[str, Any], work: Path, ranks: Ranks, say: Say) -> Result:
         ranks.wait()
         if flow is not None:
             flow.before.remove()
+        del done
+        memory.trim()
         say(index + 1, len(inside))
     if ranks.first:
         journal.check()
