@@ -109,7 +109,8 @@ def _verdicts(record: Record) -> list[RenderableType]:
         verdict = Text(row.verdict, style=STYLES[row.verdict])
         table.add_row(label, *map(Text, (row.worse, row.interval, row.margin)), verdict)
     said = Text("verdict: ").append(model["verdict"], style=STYLES[model["verdict"]])
-    said.append(f" ({model.get('reason', model['rule'])})")
+    if "reason" in model:
+        said.append(f" ({model['reason']})")
     return [table, said]
 
 
