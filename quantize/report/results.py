@@ -220,13 +220,14 @@ def noise_text(compare: CompareRecord) -> str:
 
 def _task_row(task: TaskDelta) -> Row:
     direction = "" if task["higher_is_better"] else " (lower is better)"
+    noise = " (noise)" if task.get("inside_noise") and task["difference"] else ""
     return Row(
         f"{task['name']}, {task['metric']}{direction}",
         f"{task['baseline']:.4f}",
         f"{task['candidate']:.4f}",
         f"{task['difference']:+.4f}",
         f"{task['difference_low']:+.4f} to {task['difference_high']:+.4f}",
-        flips=f"{task['lost']:,} worse, {task['gained']:,} better of {task['documents']:,}",
+        flips=f"{task['lost']:,} worse, {task['gained']:,} better of {task['documents']:,}{noise}",
         population=f"{task['documents']:,} documents",
     )
 
