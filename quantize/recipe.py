@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
+
+from quantize.block import Block, Fraction, PositiveInt
+from quantize.evaluation import Evaluate
 
 Method = Literal["awq", "gptq", "awq+gptq", "rtn", "fp8", "int8"]
 Scheme = Literal[
@@ -66,9 +67,6 @@ DATA_FREE = frozenset({("rtn", s) for s in SCHEMES["rtn"]}) | {
 }
 """(method, scheme) pairs that need no calibration data."""
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
 
 def _whole_or_channel(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     """One sentence instead of one for each type that the value is not."""
@@ -86,30 +84,9 @@ def _compiles(entry: str) -> str:
     return entry
 
 
-def _number_or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """One sentence instead of two errors, for a limit that may be lifted."""
-    try:
-        return handler(value)
-    except ValidationError as error:
-        numbers = [e for e in error.errors() if e["type"] not in ("literal_error", "float_type")]
-        if isinstance(value, int | float) and not isinstance(value, bool) and numbers:
-            limit = numbers[0]["msg"].removeprefix("Input should be ")
-            raise ValueError(f"expected a number {limit}, or none; got {value:g}") from None
-        raise ValueError("expected a number, or none for no limit") from None
-
-
-Unlimited = Literal["none"]
-Recovery = Annotated[Fraction | Unlimited, WrapValidator(_number_or_none)]
-Ratio = Annotated[Annotated[float, Field(gt=1)] | Unlimited, WrapValidator(_number_or_none)]
 GroupSize = Annotated[PositiveInt | Literal["channel"], WrapValidator(_whole_or_channel)]
 ModulePattern = Annotated[str, AfterValidator(_compiles)]
 """A module's full name, or 're:' and a pattern that matches from the start of the full name."""
-
-
-class Block(BaseModel):
-    """Shared strictness: unknown keys and wrong types are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Model(Block):
@@ -270,103 +247,6 @@ def _filled_in(
     scheme: str, group_size: int | Literal["channel"] | None
 ) -> int | Literal["channel"] | None:
     return (group_size or DEFAULT_GROUP_SIZE) if scheme in GROUPED else None
-
-
-class TaskMargin(Block):
-    """How much worse one task's score may be: one of the two."""
-
-    recovery: Recovery | None = Field(
-        None, description="Lowest share of the baseline's score that must be left, or none."
-    )
-    drop: Fraction | None = Field(
-        None, description="Largest drop of the score, in the metric's own unit, e.g. 0.02."
-    )
-
-    @model_validator(mode="after")
-    def _is_one(self) -> TaskMargin:
-        if (self.recovery is None) == (self.drop is None):
-            raise ValueError("give either recovery or drop")
-        return self
-
-
-class Margins(Block):
-    """How much worse the candidate may be. What is left out has a default by the scheme.
-
-    A verdict compares an interval with its margin: non-inferior where the whole 95% interval is
-    inside, inferior where it is outside, else inconclusive.
-    """
-
-    perplexity_ratio: Ratio | None = Field(
-        None,
-        description="Highest candidate/baseline perplexity, or none. Default: 1.05 with 4-bit "
-        "weights, 1.01 with 8-bit ones.",
-    )
-    recovery: Recovery | None = Field(
-        None,
-        description="Lowest share of a task's baseline score that must be left, or none. Default: "
-        "0.97 with 4-bit weights, 0.99 with 8-bit ones.",
-    )
-    task_drop: Fraction | None = Field(
-        None, description="Instead of recovery: largest drop of a task's score, absolute."
-    )
-    tasks: dict[str, TaskMargin] = Field(
-        default_factory=dict, description="Margins of single tasks, by name."
-    )
-
-    @model_validator(mode="after")
-    def _one_rule_for_tasks(self) -> Margins:
-        if self.recovery is not None and self.task_drop is not None:
-            raise ValueError("give either recovery or task_drop; single tasks go under tasks")
-        return self
-
-
-class GateRules(Block):
-    """What ends a run with exit code 7, and publishes nothing."""
-
-    tasks: tuple[str, ...] | None = Field(
-        None, description="Tasks that count, all of them if absent; others are only reported."
-    )
-    every_task: bool = Field(
-        False, description="Ask each task for non-inferiority, not their average alone."
-    )
-    inconclusive: Literal["fail", "pass"] = Field(
-        "fail", description="What becomes of a verdict that the suite is too small for."
-    )
-
-
-class OwnText(Block):
-    """Held-out text of the user's own, measured beside the suite's."""
-
-    text: str = Field(
-        min_length=1,
-        description="A .jsonl file with `text` rows or a .txt file, or a Hub data set.",
-    )
-    revision: str | None = Field(None, description="Hub only: a commit hash.")
-    config: str | None = Field(None, description="Hub only: the data set's configuration.")
-    split: str = Field("test", description="Hub only: the split.")
-    field: str = Field("text", description="The column (or JSON key) that holds the text.")
-
-
-class Evaluate(Block):
-    """What is measured, on both sides, through the server."""
-
-    suite: str = Field(
-        min_length=1, description="A name in eval/suites, or a path to a suite file."
-    )
-    text: OwnText | None = Field(
-        None, description="Own held-out text, cut as the suite's perplexity block says."
-    )
-    quick: bool = Field(
-        False, description="Measure the suite's quick subset: minutes, and wider intervals."
-    )
-    noise: bool = Field(
-        True, description="Measure the baseline a second time: the server's own nondeterminism."
-    )
-    retention: bool = Field(
-        True, description="Measure model.base too, where it is given: what is left of the gain."
-    )
-    margins: Margins = Field(default_factory=Margins, description="How much worse is allowed.")
-    gate: GateRules = Field(default_factory=GateRules, description="What fails the run.")
 
 
 class Serve(Block):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from quantize.errors import SourceError, UsageError
+from quantize.evaluation import Evaluate
 from quantize.hash_cache import HashCache
 from quantize.keys import digest
 from quantize.model_files import any_match, checkpoint_files
-from quantize.recipe import Evaluate, Model, Recipe
+from quantize.recipe import Model, Recipe
 from quantize.recipe_file import load_prompts, load_suite
 from quantize.resources import find_checkpoint, find_data, find_path, find_prompts, find_suite
 from quantize.stages.base import Resolved

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from quantize.recipe import Block, Fraction, PositiveInt
+from quantize.block import Block, Fraction, PositiveInt
 
 
 class TaskRef(Block):

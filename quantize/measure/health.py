@@ -21,12 +21,12 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
 from pydantic import Field, ValidationError, model_validator
 
+from quantize.block import Block
 from quantize.errors import SourceError, ToolError
 from quantize.keys import digest
 from quantize.measure.client import Answer, Client
 from quantize.measure.smoke import repetition
 from quantize.protocol import write_atomic
-from quantize.recipe import Block
 from quantize.records import Answered, Health, Missing
 from quantize.suite import Message
 

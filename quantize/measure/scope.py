@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantize.recipe import OwnText
+from quantize.evaluation import OwnText
 from quantize.stages.base import Resolved
 from quantize.suite import PerplexityText, Suite
 

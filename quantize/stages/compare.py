@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from quantize.evaluation import Evaluate, GateRules, Margins
 from quantize.protocol import write_json
-from quantize.recipe import Evaluate, GateRules, Margins, Quantize
+from quantize.recipe import Quantize
 from quantize.records import CompareRecord
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from quantize.recipe import GateRules, Margins
+from quantize.evaluation import GateRules, Margins
 from quantize.report.paired.aggregate import average
 from quantize.report.paired.gates import gates
 from quantize.report.paired.intervals import Student, paired_mean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantize.recipe import GateRules
+from quantize.evaluation import GateRules
 from quantize.records import Gate, SmokeDelta, Verdict
 from quantize.report.paired.pairing import SAME_QUESTIONS
 

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
-from quantize.recipe import GateRules, Margins
+from quantize.evaluation import GateRules, Margins
 from quantize.records import TaskDelta, Verdict, VerdictName
 from quantize.report.paired.intervals import ALPHA, POWER, Estimate
 
