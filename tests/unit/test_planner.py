@@ -99,7 +99,7 @@ def ids(made: Plan) -> tuple[str, ...]:
         ("evaluate.margins.task_drop=0.2", COMPARED),
         ("evaluate.margins.recovery=none", COMPARED),
         ("evaluate.margins.tasks={valley_mc: {drop: 0.1}}", COMPARED),
-        ("evaluate.gate.inconclusive=pass", COMPARED),
+        ("evaluate.gate.inconclusive=fail", COMPARED),
         ("evaluate.gate.tasks=[valley_qa]", COMPARED),
         ("evaluate.text={text: ../eval/texts/valley.jsonl}", TEXTS),
         ("serve.max_num_seqs=8", MEASURED),
