@@ -17,7 +17,8 @@ from quantize.process import Process
 from quantize.progress import Progress
 from quantize.protocol import Request, load_result, write_json
 
-SIGKILLED = 128 + 9
+SIGKILLED = (128 + 9, -9)
+"""How a tool's end by SIGKILL looks from its supervisor, and when that is killed, too."""
 DYING_SECONDS = 5.0
 """A server that breaks off its answers is given this long to be gone, and its log complete."""
 
@@ -179,7 +180,7 @@ def _ended(
 def _without_result(what: str, code: int, process: Process) -> errors.QuantizeError:
     """The error for a process that ended without saying why."""
     where = f"the whole log is {process.log}"
-    if code == SIGKILLED:
+    if code in SIGKILLED:
         return ResourceError(
             f"{what} was killed (SIGKILL), most likely for using too much memory",
             f"use a machine with more memory, or fewer or shorter samples; {where}",
