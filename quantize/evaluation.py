@@ -32,6 +32,11 @@ Recovery = Annotated[Fraction | Unlimited, WrapValidator(_number_or_none)]
 Ratio = Annotated[Annotated[float, Field(gt=1)] | Unlimited, WrapValidator(_number_or_none)]
 
 
+DEFAULT_RECOVERY = {4: 0.97, 8: 0.99}
+DEFAULT_PERPLEXITY_RATIO = {4: 1.05, 8: 1.01}
+"""Margins where the recipe names none, by :attr:`quantize.recipe.Quantize.weight_bits`."""
+
+
 class TaskMargin(Block):
     """How much worse one task's score may be: one of the two."""
 

@@ -11,8 +11,9 @@ from typing import get_args
 
 from quantize.checkpoint import Checkpoint, card_metadata, read_checkpoint
 from quantize.errors import SourceError, UsageError
+from quantize.evaluation import DEFAULT_PERPLEXITY_RATIO, DEFAULT_RECOVERY
 from quantize.modules import module_name
-from quantize.recipe import DATA_FREE, DEFAULT_SCHEME, GROUPED, Method
+from quantize.recipe import DATA_FREE, DEFAULT_SCHEME, GROUPED, Method, Quantize
 from quantize.resources import find_checkpoint, shipped_root
 from quantize.tensors import TensorInfo
 from quantize.yaml_values import parse
@@ -275,10 +276,11 @@ def _evaluate(facts: Facts, method: str) -> str:
         suite, why = "standard", "needs the Hub for its tasks' data; `smoke` needs none"
     else:
         suite, why = "base", "for models without a chat template; needs the Hub"
-    bits, left, ratio = (8, 99, 1.01) if method in ("fp8", "int8") else (4, 97, 1.05)
+    bits = Quantize.model_validate({"method": method}).weight_bits
+    left, ratio = DEFAULT_RECOVERY[bits], DEFAULT_PERPLEXITY_RATIO[bits]
     return (
         f"evaluate:\n  suite: {suite} # {why}\n"
-        f"  # The run fails unless it shows that {left}% of the tasks' scores are left and\n"
+        f"  # The run fails unless it shows that {left:.0%} of the tasks' scores are left and\n"
         f"  # perplexity is within {ratio}x: the default margins with {bits}-bit weights. "
         "To set others:\n"
         f"  # margins: {{perplexity_ratio: 1.08, recovery: 0.95}}\n"

@@ -222,6 +222,13 @@ class Quantize(Block):
         ]
 
     @property
+    def weight_bits(self) -> Literal[4, 8]:
+        """4 if any module gets weights of four bits, else 8: what the default margins go by."""
+        schemes = [self.effective_scheme, *(override.scheme for override in self.overrides)]
+        four = any(scheme.startswith("W4") or "FP4" in scheme for scheme in schemes)
+        return 4 if four else 8
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the compress stage reads token ids."""
         return self.calibrated_part is not None

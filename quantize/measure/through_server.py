@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantize.errors import SourceError
 from quantize.measure import health, perplexity, smoke
@@ -56,19 +57,19 @@ def measure(context: StageContext, scope: Scope, record: MeasureRecord) -> None:
 def _texts(
     context: StageContext, scope: Scope, running: Running, parts: Parts, record: MeasureRecord
 ) -> None:
-    """The suite's held-out text and the user's own, each with its file of tokens."""
-    if (text := scope.perplexity) is not None:
-        name = "token_logprobs.npz"
-        record["perplexity"] = parts.get(
-            "perplexity", lambda: _perplexity(context, running, "text", text, name)
+    """The suite's held-out text and the user's own, each with its tokens and its documents."""
+    texts: tuple[tuple[Literal["", "own_"], PerplexityText | None], ...]
+    texts = (("", scope.perplexity), ("own_", scope.own_text))
+    for prefix, text in texts:
+        if text is None:
+            continue
+        file = f"{prefix}token_logprobs"
+        part = functools.partial(
+            _perplexity, context, running, f"{prefix}text", text, f"{file}.npz"
         )
-        _take_text(context, name)
-    if (own := scope.own_text) is not None:
-        name = "own_token_logprobs.npz"
-        record["own_perplexity"] = parts.get(
-            "own_perplexity", lambda: _perplexity(context, running, "own_text", own, name)
-        )
-        _take_text(context, name)
+        record[f"{prefix}perplexity"] = parts.get(f"{prefix}perplexity", part)  # type: ignore[literal-required]
+        for suffix in (".npz", ".jsonl"):
+            _take(context, file + suffix, context.files)
 
 
 def _tasks(
@@ -250,12 +251,6 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
     if running.kv_cache_tokens is not None:
         serving["kv_cache_tokens"] = running.kv_cache_tokens
     return serving
-
-
-def _take_text(context: StageContext, name: str) -> None:
-    """The arrays of a text's tokens, and the documents that were scored."""
-    for file in (name, name.replace(".npz", ".jsonl")):
-        _take(context, file, context.files)
 
 
 def _take(context: StageContext, name: str, folder: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import jinja2
 import yaml
 
+from quantize.report.templating import templates
+
 _SPECIAL = re.compile(
     r"""[\\`*\[\]<>|~$&\#]
     | (?<![^\W_])_ | _(?![^\W_])  # underscores inside a word mean nothing
@@ -107,15 +109,7 @@ def _checked(value: Any) -> Any:
 
 def environment() -> jinja2.Environment:
     """The templates of this package; printing a string that passed no filter is a TypeError."""
-    found = jinja2.Environment(
-        loader=jinja2.PackageLoader("quantize.report", "templates"),
-        autoescape=False,
-        undefined=jinja2.StrictUndefined,
-        finalize=_checked,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    found = templates(autoescape=False, finalize=_checked, keep_trailing_newline=True)
     found.filters |= {
         "text": text,
         "lines": lines,

@@ -7,11 +7,10 @@ not pay for: it is imported where it is used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from quantize.evaluation import Evaluate, GateRules, Margins
 from quantize.protocol import write_json
-from quantize.recipe import Quantize
 from quantize.records import CompareRecord
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     return {
         "margins": (evaluate.margins if evaluate else Margins()).model_dump(mode="json"),
         "gate": (evaluate.gate if evaluate else GateRules()).model_dump(mode="json"),
-        "bits": weight_bits(resolved.recipe.quantize),
+        "bits": resolved.recipe.quantize.weight_bits,
     }
 
 
@@ -61,15 +60,8 @@ def rules(resolved: Resolved) -> Rules:
     return Rules(
         margins=evaluate.margins if evaluate else Margins(),
         gate=evaluate.gate if evaluate else GateRules(),
-        bits=weight_bits(resolved.recipe.quantize),
+        bits=resolved.recipe.quantize.weight_bits,
     )
-
-
-def weight_bits(quantize: Quantize) -> Literal[4, 8]:
-    """4 if any module gets weights of four bits, else 8: what the default margins go by."""
-    schemes = [quantize.effective_scheme, *(override.scheme for override in quantize.overrides)]
-    four = any(scheme.startswith("W4") or "FP4" in scheme for scheme in schemes)
-    return 4 if four else 8
 
 
 def failed_gates(record: CompareRecord) -> list[str]:

@@ -130,7 +130,7 @@ def test_a_server_that_dies_in_a_task_costs_that_task(work: Work, tmp_path: Path
     assert "vLLM server" in said
     assert "Traceback" not in said
     assert_gone(asking)
-    (part,) = store.glob("measure/.staging/*/work/part-perplexity.json")
+    (part,) = store.glob("measure/.staging/*/*/part-perplexity.json")
     seconds = json.loads(part.read_text())["seconds"]
 
     assert subprocess.run(command, cwd=work.folder, env=environment(), check=False).returncode == 0

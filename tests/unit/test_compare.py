@@ -23,7 +23,7 @@ from quantize.recipe import Quantize
 from quantize.report.paired.comparing import compare
 from quantize.report.paired.verdicts import Rules
 from quantize.stages import compare as stage
-from quantize.stages.compare import failed_gates, weight_bits
+from quantize.stages.compare import failed_gates
 
 UNSERVED = [{"what": "everything through the server", "why": "no FP8 kernels on a CPU"}]
 
@@ -454,7 +454,7 @@ def test_an_answer_that_the_baseline_did_not_give_either(tmp_path):
     ],
 )
 def test_four_bits_anywhere_are_four_bits(method, more, bits):
-    assert weight_bits(Quantize(method=method, **more)) == bits
+    assert Quantize(method=method, **more).weight_bits == bits
 
 
 def test_the_key_holds_margins_gate_and_bits(tmp_path):

@@ -22,6 +22,7 @@ from quantize.report.page.formats import FILTERS
 from quantize.report.page.subject import Subject
 from quantize.report.redact import redact
 from quantize.report.results import LABELS, Record, method_text, model_verdict, smoke_counts
+from quantize.report.templating import templates
 
 GENERATOR = "quantize report"
 """The page says in its head what made it, so that no other file is overwritten."""
@@ -92,13 +93,7 @@ def render_report(subjects: Sequence[Subject]) -> str:
 
 def environment() -> jinja2.Environment:
     """The page's templates; every string is escaped, and a name that is not there is an error."""
-    found = jinja2.Environment(
-        loader=jinja2.PackageLoader("quantize.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    found = templates(autoescape=True)
     found.filters |= {
         **FILTERS,
         "draw": svg.draw,

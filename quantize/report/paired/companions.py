@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
 from quantize.errors import SourceError
@@ -13,7 +11,7 @@ from quantize.report.paired.health import health_deltas
 from quantize.report.paired.noise import add_text_noise, task_level, task_noise, text_level
 from quantize.report.paired.pairing import pair
 from quantize.report.paired.retention import retention
-from quantize.report.paired.sides import TEXTS, Side, TextName
+from quantize.report.paired.sides import TEXTS, Side, TextName, read_lines
 from quantize.store import Artifact
 
 
@@ -98,8 +96,7 @@ def add_lint(record: CompareRecord, calibrate: Artifact, before: Side) -> None:
     """The calibration data held against the baseline's held-out texts and its tasks' prompts."""
     from quantize.report.paired.lint import lint
 
-    text = calibrate.file("rows.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n") if line]
+    rows = read_lines(calibrate, "rows.jsonl")
     documents = {
         name: [sample["prompt"] for sample in before.samples(name)] for name in before.tasks
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,9 @@ class Side:
     """A measure artifact."""
 
     artifact: Artifact
+    _samples: dict[str, list[dict[str, Any]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @cached_property
     def record(self) -> MeasureRecord:
@@ -44,35 +47,40 @@ class Side:
 
     def logprobs(self, name: TextName) -> TokenLogprobs:
         """What the server said of a text's tokens."""
-        return TokenLogprobs.load(self._file(TEXTS[name]))
+        return TokenLogprobs.load(_file(self.artifact, TEXTS[name]))
 
     def documents(self, name: TextName) -> list[str]:
         """The documents of a text that were scored."""
-        lines = self._lines(TEXTS[name].replace(".npz", ".jsonl"))
+        lines = read_lines(self.artifact, TEXTS[name].replace(".npz", ".jsonl"))
         return [str(line["text"]) for line in lines]
 
     def samples(self, task: str) -> list[dict[str, Any]]:
-        """The answers to a task, one a document."""
-        return self._lines(f"samples/{task}.jsonl")
+        """The answers to a task, one a document; read once, several comparisons ask for them."""
+        if task not in self._samples:
+            self._samples[task] = read_lines(self.artifact, f"samples/{task}.jsonl")
+        return self._samples[task]
 
     def answers(self) -> list[Answered]:
         """The generations of `health.jsonl`, one a prompt."""
-        answers: list[Any] = self._lines("health.jsonl")
+        answers: list[Any] = read_lines(self.artifact, "health.jsonl")
         return answers
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        path = self._file(name)
-        try:
-            text = path.read_text(encoding="utf-8")
-            return [json.loads(line) for line in text.split("\n") if line]
-        except ValueError as error:
-            raise SourceError(f"{path} cannot be read: {error}", "quantize store verify") from error
 
-    def _file(self, name: str) -> Path:
-        try:
-            return self.artifact.file(name)
-        except KeyError:
-            raise SourceError(
-                f"{self.artifact.path} has no file {name}, and its record speaks of it",
-                "quantize store verify",
-            ) from None
+def read_lines(artifact: Artifact, name: str) -> list[dict[str, Any]]:
+    """The objects of an artifact's .jsonl file; SourceError if it is absent or damaged."""
+    path = _file(artifact, name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+    except ValueError as error:
+        raise SourceError(f"{path} cannot be read: {error}", "quantize store verify") from error
+
+
+def _file(artifact: Artifact, name: str) -> Path:
+    try:
+        return artifact.file(name)
+    except KeyError:
+        raise SourceError(
+            f"{artifact.path} has no file {name}, and its record speaks of it",
+            "quantize store verify",
+        ) from None

@@ -24,12 +24,15 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
-from quantize.evaluation import GateRules, Margins
+from quantize.evaluation import (
+    DEFAULT_PERPLEXITY_RATIO,
+    DEFAULT_RECOVERY,
+    GateRules,
+    Margins,
+)
 from quantize.records import TaskDelta, Verdict, VerdictName
 from quantize.report.paired.intervals import ALPHA, POWER, Estimate
 
-DEFAULT_RECOVERY = {4: 0.97, 8: 0.99}
-DEFAULT_PERPLEXITY_RATIO = {4: 1.05, 8: 1.01}
 MOST_DOCUMENTS = 10_000_000
 """More than this is said as "no number of documents"."""
 

@@ -1,0 +1,18 @@
+"""The package's templates: a name that is not there is an error, lines of tags leave no gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+
+
+def templates(**options: Any) -> jinja2.Environment:
+    """Those in `quantize/report/templates`; `options` are what Markdown and HTML do differently."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("quantize.report", "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
