@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.errors import ConflictError, ToolError
+from quantize.errors import ConflictError
 from quantize.hub import OnProgress
 from quantize.hub_client import Access, call, client
 from quantize.hub_target import Branch, Local, Target
-from quantize.listing import not_as_made
+from quantize.listing import not_as_made, refuse_hidden
 from quantize.store import FileEntry
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ so that whatever is inside the commit's request comes from memory."""
 
 IGNORE_NOTHING = "# every file of a publish is wanted\n"
 """Sent in place of the repository's .gitignore, which would make the Hub leave files out."""
-
-DOT_FOLDERS = frozenset({".eval_results"})
-"""The only names with a leading dot that are published."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,6 @@ def _checked(entry: FileEntry, path: Path) -> Addition:
     if (info.size, info.sha256.hex()) != (entry.bytes, entry.sha256):
         raise not_as_made(path, "was changed since it was made (sha256 differs)")
     return Addition(entry, operation, path, seal)
-
-
-def refuse_hidden(name: str) -> None:
-    """ToolError for a name with a part that begins with a dot, and for one that leaves the root."""
-    first, *rest = name.split("/")
-    hidden = first.startswith(".") and first not in DOT_FOLDERS
-    if hidden or any(part.startswith(".") for part in rest) or "" in (first, *rest):
-        raise ToolError(
-            f"{name} would be published, but hidden files never are",
-            "this is a bug of the stage that made it: please report it",
-        )
 
 
 def upload(

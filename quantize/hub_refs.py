@@ -1,4 +1,4 @@
-"""Tags, pull requests and collections: looked for before they are made, so that none is made twice."""
+"""Tags, pull requests, collections: each is looked for before it is made, so none is made twice."""
 
 from __future__ import annotations
 
