@@ -47,24 +47,28 @@ def checked(local: Local, entries: Sequence[FileEntry]) -> list[Addition]:
 
     Raises SourceError for a file that is missing, a symlink, or not what its entry says.
     """
-    return [_checked(entry, local.paths[entry.name]) for entry in entries]
+    return [_checked(local, entry) for entry in entries]
 
 
-def _checked(entry: FileEntry, path: Path) -> Addition:
+def _checked(local: Local, entry: FileEntry) -> Addition:
     from huggingface_hub import CommitOperationAdd
 
+    path, content = local.paths[entry.name], None
     refuse_hidden(entry.name)
     if path.is_symlink():
         raise not_as_made(path, "is a symlink")
     if not path.is_file():
         raise not_as_made(path, "is missing")
     if entry.bytes <= IN_MEMORY_BYTES:
-        seal, operation = None, CommitOperationAdd(entry.name, path.read_bytes())
+        seal, content = None, path.read_bytes()
+        operation = CommitOperationAdd(entry.name, content)
     else:
         seal, operation = _seal(path), CommitOperationAdd(entry.name, str(path))
     info = operation.upload_info  # computed from the bytes, by the client itself
     if (info.size, info.sha256.hex()) != (entry.bytes, entry.sha256):
         raise not_as_made(path, "was changed since it was made (sha256 differs)")
+    if content is not None:
+        local.remember(entry, content)
     return Addition(entry, operation, path, seal)
 
 

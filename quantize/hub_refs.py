@@ -68,7 +68,7 @@ def put_tag(access: Access, repo: str, tag: str, commit: str, holds: Callable[[s
 
 
 def find_pull_request(access: Access, repo: str, title: str) -> PullRequest | None:
-    """The oldest open pull request of ours with this title; None without one."""
+    """The oldest open (or draft) pull request of ours with this title; None without one."""
     api = client(access)
 
     def search() -> list[PullRequest]:
@@ -80,7 +80,7 @@ def find_pull_request(access: Access, repo: str, title: str) -> PullRequest | No
             PullRequest.of(access, repo, item.num)
             for item in found
             if item.is_pull_request
-            and item.status == "open"
+            and item.status in ("open", "draft")
             and item.title == title
             and item.author == me
         ]

@@ -84,8 +84,12 @@ class Local:
             content = path.read_bytes() if path.is_file() else b""
             if hashlib.sha256(content).hexdigest() != entry.sha256:
                 raise not_as_made(path, "was changed since it was made (sha256 differs)")
-            self._blob_ids[entry.name] = git_blob_id(content)
+            self.remember(entry, content)
         return self._blob_ids[entry.name]
+
+    def remember(self, entry: FileEntry, content: bytes) -> None:
+        """The entry's bytes, compared with its sha256: they are sent, whatever the file becomes."""
+        self._blob_ids[entry.name] = git_blob_id(content)
 
     def is_held(self, entry: FileEntry, remote: Mapping[str, RemoteFile]) -> bool:
         """Whether a commit has the entry's bytes under its name."""
