@@ -1,10 +1,10 @@
-"""All schedules of one major, on a few benches at a time."""
+"""All schedules of one major, or a fixed part of them, on a few benches at a time."""
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,19 @@ from pathlib import Path
 from tests.faults.bench import SCENARIOS, Bench
 from tests.faults.schedules import Schedule, drawn, systematic
 from tests.faults.trial import Broken, happy_path, run_schedule
+
+KILLED_EVERYWHERE = ("update", "pull-request")
+"""Scenarios whose kills at every request are in every part."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which schedules: every `every`-th of the systematic ones with all kills, and drawn pairs."""
+
+    every: int = 1
+    pairs: int = 100  # for each scenario
+    seed: int = 0
+    only: str = ""  # those whose name has this text
 
 
 @dataclass
@@ -21,21 +34,19 @@ class Outcome:
     major: int
     schedules: int = 0
     requests: int = 0
-    kills: int = 0
+    kills: int = 0  # SIGKILLs that were planned
     broken: list[tuple[str, str]] = field(default_factory=list)
 
+    def add(self, schedule: Schedule, requests: int, problem: str) -> None:
+        self.schedules += 1
+        self.requests += requests
+        self.kills += sum(each.kind.startswith("kill") for run in schedule.runs for each in run)
+        if problem:
+            self.broken.append((str(schedule), problem))
 
-def run_campaign(
-    major: int,
-    folder: Path,
-    *,
-    pairs: int,
-    seed: int = 0,
-    only: str = "",
-    every: int = 1,
-    workers: int = 2,
-) -> Outcome:
-    """Every `every`-th systematic schedule and `pairs` drawn ones for each scenario."""
+
+def run_campaign(major: int, folder: Path, part: Part, workers: int = 2) -> Outcome:
+    """Run the part's schedules; files go into `folder`."""
     outcome, lock = Outcome(major), threading.Lock()
     waiting: queue.SimpleQueue[Schedule] = queue.SimpleQueue()
 
@@ -45,19 +56,15 @@ def run_campaign(
                 schedule = waiting.get_nowait()
             except queue.Empty:
                 return
-            problem, requests = "", 0
+            requests, problem = 0, ""
             try:
                 requests = run_schedule(bench, schedule)
             except Broken as error:
                 problem = str(error)
+            except Exception as error:  # a mistake in here must not look like a pass
+                problem = repr(error)
             with lock:
-                outcome.schedules += 1
-                outcome.requests += requests
-                outcome.kills += sum(
-                    each.kind.startswith("kill") for run in schedule.runs for each in run
-                )
-                if problem:
-                    outcome.broken.append((str(schedule), problem))
+                outcome.add(schedule, requests, problem)
 
     with ExitStack() as stack:
         benches = []
@@ -65,9 +72,8 @@ def run_campaign(
             place = folder / f"worker-{number}"
             place.mkdir()
             benches.append(stack.enter_context(Bench(major, place)))
-        for schedule in plan(benches[0], pairs, seed, every):
-            if only in str(schedule):
-                waiting.put(schedule)
+        for schedule in schedules_of(benches[0], part):
+            waiting.put(schedule)
         threads = [threading.Thread(target=work, args=(bench,)) for bench in benches]
         for thread in threads:
             thread.start()
@@ -77,11 +83,18 @@ def run_campaign(
     return outcome
 
 
-def plan(bench: Bench, pairs: int, seed: int, every: int) -> list[Schedule]:
-    """The schedules, from the requests that each scenario's push makes without faults."""
+def schedules_of(bench: Bench, part: Part) -> list[Schedule]:
+    """The part's schedules, from the requests that each scenario makes without faults."""
     found: list[Schedule] = []
     for name in SCENARIOS:
         happy = happy_path(bench, name)
-        found += itertools.islice(systematic(name, happy), 0, None, every)
-        found += drawn(name, len(happy), pairs, seed)
-    return found
+        found += _thinned(list(systematic(name, happy)), part.every)
+        found += drawn(name, len(happy), part.pairs, part.seed)
+    return [schedule for schedule in found if part.only in str(schedule)]
+
+
+def _thinned(schedules: Sequence[Schedule], every: int) -> Iterator[Schedule]:
+    for number, schedule in enumerate(schedules):
+        kills = any(kind.startswith("kill") for kind in schedule.kinds)
+        if number % every == 0 or (kills and schedule.scenario in KILLED_EVERYWHERE):
+            yield schedule

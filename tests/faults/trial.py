@@ -37,7 +37,7 @@ def happy_path(bench: Bench, name: str) -> Sequence[Seen]:
 def run_schedule(bench: Bench, schedule: Schedule) -> int:
     """Raise Broken when something does not hold; the number of requests otherwise."""
     bench.begin(schedule.scenario)
-    trial = _Trial(bench, schedule)
+    trial = Trial(bench, schedule)
     bench.server.observers[:] = [trial.watch]
     try:
         for planned in (*schedule.runs, ()):
@@ -49,7 +49,7 @@ def run_schedule(bench: Bench, schedule: Schedule) -> int:
     return len(trial.requests)
 
 
-class _Trial:
+class Trial:
     """The state of one schedule's runs."""
 
     def __init__(self, bench: Bench, schedule: Schedule) -> None:
@@ -57,7 +57,7 @@ class _Trial:
         self.scenario = SCENARIOS[schedule.scenario]
         self.requests: list[Seen] = []
         self.problem = ""  # what was seen between two requests
-        self._complete: frozenset[str] = frozenset()  # objects that earlier runs brought
+        self.complete: frozenset[str] = frozenset()  # objects that earlier runs brought
 
     def run(self, planned: Sequence[Planned]) -> None:
         """One push under faults; the server's state stays, its troubles end with the run."""
@@ -69,10 +69,10 @@ class _Trial:
         )
         self.requests += run.requests
         _expect(not self.problem, self.problem)
-        self._check_end(planned, run)
-        self._check_bytes(planned, run)
+        self.check_end(planned, run)
+        self.check_bytes(planned, run)
         repo = bench.repo()
-        self._complete = frozenset(repo.objects) if repo else frozenset()
+        self.complete = frozenset(repo.objects) if repo else frozenset()
         bench.server.hub.expired.clear()
         bench.server.hub.limits.private_bytes = {}
 
@@ -118,7 +118,7 @@ class _Trial:
         heads = repo.pull_heads if self.scenario.pull_request else {"main": repo.branches["main"]}
         return [ref for ref, commit in heads.items() if self._is_new(repo.commits[commit])]
 
-    def _check_end(self, planned: Sequence[Planned], run: Run) -> None:
+    def check_end(self, planned: Sequence[Planned], run: Run) -> None:
         kinds = {each.kind for each in planned}
         if run.status == -signal.SIGKILL:
             _expect(any(kind.startswith("kill") for kind in kinds), "nobody killed it")
@@ -133,11 +133,11 @@ class _Trial:
             waited = max(waits, default=0)
             _expect(waited >= RETRY_AFTER_SECONDS, f"Retry-After was not waited for: {waits}")
 
-    def _check_bytes(self, planned: Sequence[Planned], run: Run) -> None:
+    def check_bytes(self, planned: Sequence[Planned], run: Run) -> None:
         """Complete objects are not sent again; others once, and once more for a fault that hit."""
         repo = self.bench.repo()
         for sha, sent in run.sent().items():
-            _expect(sha not in self._complete, f"object {sha[:8]} was complete and is sent again")
+            _expect(sha not in self.complete, f"object {sha[:8]} was complete and is sent again")
             size = len(repo.objects[sha]) if repo and sha in repo.objects else sent
             _expect(sent <= size * (1 + len(planned)), f"{sent} bytes for an object of {size}")
 
