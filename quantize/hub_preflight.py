@@ -65,8 +65,9 @@ def source_limit(access: Access, resolved: Resolved, hub: Hub) -> Limit | None:
                 reason = f"publish.hub.private is true, and model.{key} is a local folder"
                 limits.append(Limit("private", reason))
         else:
-            visibility = read_visibility(access, source) or "private"
-            limits.append(Limit(visibility, f"model.{key} {source} is {visibility}"))
+            visibility = read_visibility(access, source)
+            said = visibility or "not there any more, or not for this token: it counts as private"
+            limits.append(Limit(visibility or "private", f"model.{key} {source} is {said}"))
     return min(limits, key=lambda limit: VISIBILITIES.index(limit.visibility), default=None)
 
 

@@ -17,9 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.errors import ConflictError, QuantizeError, TransientError
+from quantize.errors import ConflictError, Interrupted, QuantizeError, TransientError
 from quantize.hub import OnProgress, list_files
-from quantize.hub_client import TRY_AGAIN, Access, client, retry_after_seconds, translate
+from quantize.hub_client import (
+    TRY_AGAIN,
+    Access,
+    client,
+    may_repeat,
+    retry_after_seconds,
+    translate,
+)
 from quantize.hub_files import Addition, checked, upload
 from quantize.hub_readback import verify_shards, verify_tree
 from quantize.hub_refs import PullRequest, check_tag, find_pull_request, put_in_collection, put_tag
@@ -175,10 +182,12 @@ def _commit(
             raise
         except Exception as error:
             problem = translate(access, f"committing to {target.repo}", error)
+            if isinstance(problem, Interrupted):
+                raise problem from error
             done = _took_effect(access, target, base, change, local, message, error)
             if done is not None:
                 return done
-            if delay is None or not isinstance(problem, TransientError):
+            if delay is None or not may_repeat(problem):
                 raise problem from error
             time.sleep(max(delay, retry_after_seconds(error)))
     raise AssertionError("unreachable")
