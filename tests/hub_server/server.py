@@ -69,7 +69,10 @@ class Handler(BaseHTTPRequestHandler):
         """The request log is in `HubServer.seen`."""
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the client was killed
+        with (
+            self.server.hub_server.connected(),
+            contextlib.suppress(ConnectionError),  # the client was killed
+        ):
             super().handle()
 
     def _guarded(self, method: str) -> None:
@@ -222,6 +225,7 @@ class HubServer:
         self.seen: list[Seen] = []
         self.observers: list[Callable[[str], object]] = []
         self._lock = threading.Lock()
+        self._connections, self._settled = 0, threading.Condition(self._lock)
         self._server = _Server(("127.0.0.1", port), Handler)
         self._server.hub_server = self
         self._thread = threading.Thread(
@@ -240,6 +244,23 @@ class HubServer:
     def note(self, seen: Seen) -> None:
         with self._lock:
             self.seen.append(seen)
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        with self._lock:
+            self._connections += 1
+        try:
+            yield
+        finally:
+            with self._settled:
+                self._connections -= 1
+                self._settled.notify_all()
+
+    def settle(self, seconds: float = 30) -> None:
+        """Wait until nobody is connected: all that clients sent before they ended took effect."""
+        with self._settled:
+            if not self._settled.wait_for(lambda: self._connections == 0, seconds):
+                raise TimeoutError(f"{self._connections} connections are still open")
 
     def observe(self, request: str) -> None:
         for observer in self.observers:
