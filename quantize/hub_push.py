@@ -27,7 +27,7 @@ from quantize.hub_client import (
     retry_after_seconds,
     translate,
 )
-from quantize.hub_files import Addition, checked, upload
+from quantize.hub_files import Addition, check_card, checked, upload
 from quantize.hub_readback import verify_shards, verify_tree
 from quantize.hub_refs import PullRequest, check_tag, find_pull_request, put_in_collection, put_tag
 from quantize.hub_target import (
@@ -96,6 +96,7 @@ def push(
     done = None
     if base is None or change:
         additions = checked(local, change.add)
+        check_card(access, additions)
         if base is None:
             create(access, target)
             base = _read(access, target, message, local)
