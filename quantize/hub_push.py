@@ -92,43 +92,57 @@ def push(
     """
     local = Local(files, paths)
     base = _read(access, target, message, local)
-    change = Change(local.entries) if base is None else change_of(target, base.branch, local)
-    done = None
-    if base is None or change:
-        additions = checked(local, change.add)
-        check_card(access, additions)
-        if base is None:
-            create(access, target)
-            base = _read(access, target, message, local)
-            if base is None:
-                raise TransientError(f"{target.repo} was created but is not there yet", TRY_AGAIN)
-            change = change_of(target, base.branch, local)
-            additions = [addition for addition in additions if addition.entry in change.add]
-        if target.tag is not None:
-            check_tag(access, target.repo, target.tag, None, _holder(access, target, local))
-        upload(
-            access,
-            target,
-            base.branch,
-            additions,
-            opens_pull_request=base.opens,
-            on_progress=on_progress,
-        )
-        done = _commit(access, target, base, change, additions, local, message)
-        verify_tree(access, target, done.commit, change.delete, local)
-    now = done or _Done(base.branch.head, base.pull_request)
-    in_ranges = verify_shards(access, target, now.commit, local)
+    changed = base is None or bool(change_of(target, base.branch, local))
+    if base is None or changed:
+        base, done = _change(access, target, base, local, message, on_progress)
+    else:
+        done = _Done(base.branch.head, base.pull_request)
+    in_ranges = verify_shards(access, target, done.commit, local)
     if target.tag is not None:
-        put_tag(access, target.repo, target.tag, now.commit, _holder(access, target, local))
+        put_tag(access, target.repo, target.tag, done.commit, _holder(access, target, local))
     if target.collection is not None:
         put_in_collection(access, target.collection, target.repo)
     return Pushed(
-        now.commit,
-        f"{access.host}/{target.repo}/tree/{now.commit}",
-        changed=done is not None,
-        pull_request=now.pull_request.url if now.pull_request else None,
+        done.commit,
+        f"{access.host}/{target.repo}/tree/{done.commit}",
+        changed=changed,
+        pull_request=done.pull_request.url if done.pull_request else None,
         notes=_notes(target, base.branch, in_ranges=in_ranges),
     )
+
+
+def _change(
+    access: Access,
+    target: Target,
+    base: _Base | None,
+    local: Local,
+    message: str,
+    on_progress: OnProgress | None,
+) -> tuple[_Base, _Done]:
+    """Check, upload, commit, read the tree back; `base` is None when it must be created first."""
+    wanted = local.entries if base is None else local.missing(base.branch.files)
+    additions = checked(local, wanted)
+    check_card(access, additions)
+    if base is None:
+        create(access, target)
+        base = _read(access, target, message, local)
+        if base is None:
+            raise TransientError(f"{target.repo} was created but is not there yet", TRY_AGAIN)
+    if target.tag is not None:
+        check_tag(access, target.repo, target.tag, None, _holder(access, target, local))
+    change = change_of(target, base.branch, local)
+    additions = [addition for addition in additions if addition.entry in change.add]
+    upload(
+        access,
+        target,
+        base.branch,
+        additions,
+        opens_pull_request=base.opens,
+        on_progress=on_progress,
+    )
+    done = _commit(access, target, base, change, additions, local, message)
+    verify_tree(access, target, done.commit, change.delete, local)
+    return base, done
 
 
 def _read(access: Access, target: Target, title: str, local: Local) -> _Base | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quantize.errors import ConflictError, QuantizeError, SourceError, ToolError, TransientError
+from quantize.errors import ConflictError, QuantizeError, SourceError, ToolError
 from quantize.hub import COMMIT, RemoteFile, git_blob_id, list_files
 from quantize.hub_client import TRY_AGAIN, Access, call, client
 from quantize.listing import LISTING, not_as_made, parse_listing
@@ -182,9 +182,14 @@ def read_small_file(access: Access, repo: str, commit: str, name: str) -> str:
         )
 
 
-def create(access: Access, target: Target) -> Branch:
-    """Create what is missing of repository and branch; both may appear meanwhile."""
+def create(access: Access, target: Target) -> None:
+    """Create what is missing of repository and branch; both may appear meanwhile.
+
+    ConflictError, before anything is created, if that would be more open than the target's limit.
+    """
     api = client(access)
+    planned: Visibility = "private" if target.private else "public"
+    check_visibility(target, read_visibility(access, target.repo) or planned)
     call(
         access,
         f"creating {target.repo}",
@@ -196,10 +201,6 @@ def create(access: Access, target: Target) -> Branch:
             f"creating branch {target.branch} of {target.repo}",
             lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True),
         )
-    branch = read_branch(access, target)
-    if branch is None:
-        raise TransientError(f"{target.repo} was created but cannot be read yet", TRY_AGAIN)
-    return branch
 
 
 def check_visibility(target: Target, visibility: Visibility) -> None:
