@@ -29,7 +29,14 @@ from quantize.hub_client import (
 )
 from quantize.hub_files import Addition, check_card, checked, upload
 from quantize.hub_readback import verify_shards, verify_tree
-from quantize.hub_refs import PullRequest, check_tag, find_pull_request, put_in_collection, put_tag
+from quantize.hub_refs import (
+    PullRequest,
+    check_tag,
+    close_others,
+    find_pull_request,
+    put_in_collection,
+    put_tag,
+)
 from quantize.hub_target import (
     Branch,
     Change,
@@ -163,6 +170,7 @@ def _read(access: Access, target: Target, title: str, local: Local) -> _Base | N
     inside = read_branch(access, target, found.ref)
     if inside is None:
         raise TransientError(f"{found.url} is listed but cannot be read", TRY_AGAIN)
+    close_others(access, target.repo, title, found)
     return _Base(inside, found)
 
 
@@ -180,6 +188,7 @@ def _commit(
 
     api = client(access)
     deletions = [CommitOperationDelete(name, is_folder=False) for name in change.delete]
+    again = False
     for delay in (*access.retry_seconds, None):
         try:
             info = api.create_commit(
@@ -191,7 +200,10 @@ def _commit(
                 create_pr=base.opens,
             )
             if base.opens and info.pr_num is not None:
-                return _Done(info.oid, PullRequest.of(access, target.repo, info.pr_num))
+                opened = PullRequest.of(access, target.repo, info.pr_num)
+                if again:
+                    close_others(access, target.repo, message, opened)
+                return _Done(info.oid, opened)
             return _Done(info.oid, base.pull_request)
         except QuantizeError:  # an interruption
             raise
@@ -205,6 +217,7 @@ def _commit(
             if delay is None or not may_repeat(problem):
                 raise problem from error
             time.sleep(max(delay, retry_after_seconds(error)))
+            again = True
     raise AssertionError("unreachable")
 
 

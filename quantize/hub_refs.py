@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from quantize.errors import ConflictError, SourceError, TransientError, UsageError
 from quantize.hub_client import TRY_AGAIN, Access, call, client
@@ -69,6 +70,11 @@ def put_tag(access: Access, repo: str, tag: str, commit: str, holds: Callable[[s
 
 def find_pull_request(access: Access, repo: str, title: str) -> PullRequest | None:
     """The oldest open (or draft) pull request of ours with this title; None without one."""
+    return next(iter(our_pull_requests(access, repo, title)), None)
+
+
+def our_pull_requests(access: Access, repo: str, title: str) -> list[PullRequest]:
+    """The open (or draft) pull requests of ours with this title, the oldest first."""
     api = client(access)
 
     def search() -> list[PullRequest]:
@@ -86,7 +92,29 @@ def find_pull_request(access: Access, repo: str, title: str) -> PullRequest | No
         ]
 
     found = call(access, f"looking for a pull request to {repo}", search)
-    return min(found, key=lambda item: item.number, default=None)
+    return sorted(found, key=lambda item: item.number)
+
+
+def close_others(access: Access, repo: str, title: str, kept: PullRequest) -> None:
+    """Close our other pull requests of this title.
+
+    There are any only when a request to open one took effect after we had stopped waiting for it,
+    and sent it again.
+    """
+    api = client(access)
+    for other in our_pull_requests(access, repo, title):
+        if other.number != kept.number:
+            call(
+                access,
+                f"closing {other.url}",
+                partial(
+                    api.change_discussion_status,
+                    repo,
+                    other.number,
+                    "closed",
+                    comment=f"The same as #{kept.number}.",
+                ),
+            )
 
 
 def check_collection(access: Access, slug: str, repo: str) -> bool:

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.faults.bench import SCENARIOS, Bench
 from tests.faults.schedules import Schedule, drawn, systematic
-from tests.faults.trial import SCENARIOS, Bench, Broken, happy_path, run_schedule
+from tests.faults.trial import Broken, happy_path, run_schedule
 
 
 @dataclass

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from quantize import hub_client, hub_push
+from quantize import hub_client, hub_files, hub_push
 from quantize.errors import QuantizeError
 from quantize.hub_client import Access
 from quantize.store import FileEntry
@@ -86,8 +86,8 @@ def _shorten_sleeps() -> list[float]:
 
 
 def _push(job: dict[str, Any]) -> dict[str, Any]:
-    for name, value in job["settings"].items():  # "module.NAME": sizes and times for small tests
-        module = {"hub_client": hub_client, "hub_push": hub_push}[name.partition(".")[0]]
+    for name, value in job["settings"].items():  # "module.NAME": sizes and times of small models
+        module = {"hub_client": hub_client, "hub_files": hub_files}[name.partition(".")[0]]
         assert hasattr(module, name.partition(".")[2]), name
         setattr(module, name.partition(".")[2], value)
     access = Access(job["endpoint"], os.environ["HF_TOKEN"])

@@ -14,7 +14,7 @@ from tests.hub_server import Limits
 from tests.hub_server.repos import Tree
 
 LIMITS = Limits(multipart_bytes=60_000, part_bytes=30_000)
-UPLOADED_ALONE_BYTES = 50_000
+IN_MEMORY_BYTES = 50_000
 CARD = b"---\nlicense: apache-2.0\nbase_model: acme/base\n---\n# Version %d\n"
 
 

@@ -75,6 +75,10 @@ class Handler(BaseHTTPRequestHandler):
         ):
             super().handle()
 
+    def finish(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().finish()
+
     def _guarded(self, method: str) -> None:
         try:
             self._handle(method)

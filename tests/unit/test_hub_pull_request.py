@@ -82,6 +82,16 @@ def test_it_is_not_opened_twice_when_the_answer_is_lost(tmp_path: Path, fault: d
         assert repository(server).messages == ["initial commit", MESSAGE]
 
 
+def test_one_that_was_opened_behind_our_back_is_closed(tmp_path: Path) -> None:
+    """A request that timed out may take effect later, when it was sent again already."""
+    with hub_server() as server:
+        publish(server, tmp_path / "now", target=PROPOSED)
+        server.hub.repos["model", TARGET.repo].open_pull(MESSAGE, "", "ann", "main")
+        again = publish(server, tmp_path / "again", target=PROPOSED)
+        assert not again.changed
+        assert pulls(server) == [(1, MESSAGE, "open"), (2, MESSAGE, "closed")]
+
+
 def test_those_of_others_and_closed_ones_are_left_alone(tmp_path: Path) -> None:
     with hub_server() as server:
         repo = server.hub.create("model", TARGET.repo, private=True)
