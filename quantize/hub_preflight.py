@@ -18,7 +18,6 @@ from quantize.hub_target import (
     VISIBILITIES,
     Limit,
     Target,
-    Visibility,
     check_visibility,
     read_branch,
     read_small_file,
@@ -106,13 +105,11 @@ def check_hub(
 def _check_repository(access: Access, target: Target) -> None:
     """What is there already, or would be created, may be seen by no more people than allowed."""
     visibility = read_visibility(access, target.repo)
-    planned: Visibility = "private" if target.private else "public"
+    check_visibility(target, visibility)
     if visibility is None:
         if target.pull_request:
             require_write(access, target.repo)  # the repository must be created first
-        check_visibility(target, planned)
         return
-    check_visibility(target, visibility)
     branch = read_branch(access, target)
     if branch is not None:
         refuse_files_of_others(target, branch, frozenset())

@@ -34,6 +34,7 @@ from quantize.hub_refs import (
     check_tag,
     close_others,
     find_pull_request,
+    our_pull_requests,
     put_in_collection,
     put_tag,
 )
@@ -164,13 +165,14 @@ def _read(access: Access, target: Target, title: str, local: Local) -> _Base | N
     check_visibility(target, branch.visibility)
     if not target.pull_request or not change_of(target, branch, local):
         return _Base(branch)
-    found = find_pull_request(access, target.repo, title)
-    if found is None:
+    ours = our_pull_requests(access, target.repo, title)
+    if not ours:
         return _Base(branch, opens=True)
+    found = ours[0]
     inside = read_branch(access, target, found.ref)
     if inside is None:
         raise TransientError(f"{found.url} is listed but cannot be read", TRY_AGAIN)
-    close_others(access, target.repo, title, found)
+    close_others(access, target.repo, ours, found)
     return _Base(inside, found)
 
 
@@ -202,7 +204,8 @@ def _commit(
             if base.opens and info.pr_num is not None:
                 opened = PullRequest.of(access, target.repo, info.pr_num)
                 if again:
-                    close_others(access, target.repo, message, opened)
+                    ours = our_pull_requests(access, target.repo, message)
+                    close_others(access, target.repo, ours, opened)
                 return _Done(info.oid, opened)
             return _Done(info.oid, base.pull_request)
         except QuantizeError:  # an interruption

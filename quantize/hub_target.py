@@ -188,8 +188,7 @@ def create(access: Access, target: Target) -> None:
     ConflictError, before anything is created, if that would be more open than the target's limit.
     """
     api = client(access)
-    planned: Visibility = "private" if target.private else "public"
-    check_visibility(target, read_visibility(access, target.repo) or planned)
+    check_visibility(target, read_visibility(access, target.repo))
     call(
         access,
         f"creating {target.repo}",
@@ -203,15 +202,20 @@ def create(access: Access, target: Target) -> None:
         )
 
 
-def check_visibility(target: Target, visibility: Visibility) -> None:
-    """ConflictError if the repository is more open than the target's limit allows."""
-    limit = target.limit
+def check_visibility(target: Target, visibility: Visibility | None) -> None:
+    """ConflictError if the repository is more open than the target's limit allows.
+
+    `visibility` is None for a repository that does not exist: then, if it would be.
+    """
+    limit, is_or_would_be = target.limit, "is"
+    if visibility is None:
+        visibility, is_or_would_be = "private" if target.private else "public", "would be"
     if limit is None or VISIBILITIES.index(visibility) <= VISIBILITIES.index(limit.visibility):
         return
     raise ConflictError(
-        f"{target.repo} is {visibility}, but {limit.reason}",
-        "make the repository private or name another one; if everybody is meant to see it, "
-        "set publish.hub.allow_public: true",
+        f"{target.repo} {is_or_would_be} {visibility}, but {limit.reason}",
+        "publish to a private repository (publish.hub.private: true makes one); if everybody is "
+        "meant to see it, set publish.hub.allow_public: true",
     )
 
 
