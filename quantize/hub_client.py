@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from quantize.errors import (
     CredentialsError,
+    Interrupted,
     QuantizeError,
     ResourceError,
     SourceError,
@@ -98,10 +99,15 @@ def call(access: Access, what: str, action: Callable[[], T]) -> T:
             raise
         except Exception as error:
             problem = translate(access, what, error)
-            if delay is None or not isinstance(problem, TransientError):
+            if delay is None or not may_repeat(problem):
                 raise problem from error
             time.sleep(max(delay, retry_after_seconds(error)))
     raise AssertionError("unreachable")
+
+
+def may_repeat(problem: QuantizeError) -> bool:
+    """Whether it may pass by itself; a signal to stop does not."""
+    return isinstance(problem, TransientError) and not isinstance(problem, Interrupted)
 
 
 def translate(access: Access, what: str, error: Exception) -> QuantizeError:
@@ -110,6 +116,8 @@ def translate(access: Access, what: str, error: Exception) -> QuantizeError:
 
     transport = HfHubHTTPError.__bases__[0]  # HTTPError of httpx (1.x) or httpx2 (2.x)
     for cause in _causes(error):
+        if isinstance(cause, QuantizeError):  # a signal's, which the client's threads wrapped
+            return cause
         if isinstance(cause, HfHubHTTPError):
             return _from_answer(access, what, cause)
         if isinstance(cause, OfflineModeIsEnabled):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.errors import ConflictError
+from quantize.errors import ConflictError, SourceError
 from quantize.hub import OnProgress
-from quantize.hub_client import Access, call, client
+from quantize.hub_client import Access, call, clean, client
 from quantize.hub_target import Branch, Local, Target
 from quantize.listing import not_as_made, refuse_hidden
 from quantize.store import FileEntry
@@ -70,6 +70,36 @@ def _checked(local: Local, entry: FileEntry) -> Addition:
     if content is not None:
         local.remember(entry, content)
     return Addition(entry, operation, path, seal)
+
+
+def check_card(access: Access, additions: Sequence[Addition]) -> None:
+    """SourceError if the Hub refuses the card's front matter: it does so only with the commit."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+    )
+
+    card = next((a.path for a in additions if a.entry.name == "README.md"), None)
+    if card is None:
+        return
+    text = card.read_text(encoding="utf-8", errors="replace")
+
+    def ask() -> None:
+        response = get_session().post(
+            f"{access.endpoint}/api/validate-yaml",
+            json={"content": text, "repoType": "model"},
+            headers=build_hf_headers(token=access.token or False),
+        )
+        if response.status_code == 400 and (errors := response.json().get("errors")):
+            said = "; ".join(str(error.get("message")) for error in errors)
+            raise SourceError(
+                f"the Hub refuses the card's front matter: {clean(access, said)}",
+                "correct what it is made from: model.license, model.base, the source's own card",
+            )
+        hf_raise_for_status(response)
+
+    call(access, "having the card checked", ask)
 
 
 def upload(

@@ -18,7 +18,6 @@ from quantize.hub_target import (
     VISIBILITIES,
     Limit,
     Target,
-    Visibility,
     check_visibility,
     read_branch,
     read_small_file,
@@ -65,8 +64,9 @@ def source_limit(access: Access, resolved: Resolved, hub: Hub) -> Limit | None:
                 reason = f"publish.hub.private is true, and model.{key} is a local folder"
                 limits.append(Limit("private", reason))
         else:
-            visibility = read_visibility(access, source) or "private"
-            limits.append(Limit(visibility, f"model.{key} {source} is {visibility}"))
+            visibility = read_visibility(access, source)
+            said = visibility or "not there any more, or not for this token: it counts as private"
+            limits.append(Limit(visibility or "private", f"model.{key} {source} is {said}"))
     return min(limits, key=lambda limit: VISIBILITIES.index(limit.visibility), default=None)
 
 
@@ -105,13 +105,11 @@ def check_hub(
 def _check_repository(access: Access, target: Target) -> None:
     """What is there already, or would be created, may be seen by no more people than allowed."""
     visibility = read_visibility(access, target.repo)
-    planned: Visibility = "private" if target.private else "public"
+    check_visibility(target, visibility)
     if visibility is None:
         if target.pull_request:
             require_write(access, target.repo)  # the repository must be created first
-        check_visibility(target, planned)
         return
-    check_visibility(target, visibility)
     branch = read_branch(access, target)
     if branch is not None:
         refuse_files_of_others(target, branch, frozenset())

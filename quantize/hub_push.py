@@ -17,16 +17,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.errors import ConflictError, QuantizeError, TransientError
+from quantize.errors import ConflictError, Interrupted, QuantizeError, TransientError
 from quantize.hub import OnProgress, list_files
-from quantize.hub_client import TRY_AGAIN, Access, client, retry_after_seconds, translate
-from quantize.hub_files import Addition, checked, upload
+from quantize.hub_client import (
+    TRY_AGAIN,
+    Access,
+    client,
+    may_repeat,
+    retry_after_seconds,
+    translate,
+)
+from quantize.hub_files import Addition, check_card, checked, upload
 from quantize.hub_readback import verify_shards, verify_tree
 from quantize.hub_refs import (
     PullRequest,
     check_tag,
     close_others,
     find_pull_request,
+    our_pull_requests,
     put_in_collection,
     put_tag,
 )
@@ -92,42 +100,57 @@ def push(
     """
     local = Local(files, paths)
     base = _read(access, target, message, local)
-    change = Change(local.entries) if base is None else change_of(target, base.branch, local)
-    done = None
-    if base is None or change:
-        additions = checked(local, change.add)
-        if base is None:
-            create(access, target)
-            base = _read(access, target, message, local)
-            if base is None:
-                raise TransientError(f"{target.repo} was created but is not there yet", TRY_AGAIN)
-            change = change_of(target, base.branch, local)
-            additions = [addition for addition in additions if addition.entry in change.add]
-        if target.tag is not None:
-            check_tag(access, target.repo, target.tag, None, _holder(access, target, local))
-        upload(
-            access,
-            target,
-            base.branch,
-            additions,
-            opens_pull_request=base.opens,
-            on_progress=on_progress,
-        )
-        done = _commit(access, target, base, change, additions, local, message)
-        verify_tree(access, target, done.commit, change.delete, local)
-    now = done or _Done(base.branch.head, base.pull_request)
-    in_ranges = verify_shards(access, target, now.commit, local)
+    changed = base is None or bool(change_of(target, base.branch, local))
+    if base is None or changed:
+        base, done = _change(access, target, base, local, message, on_progress)
+    else:
+        done = _Done(base.branch.head, base.pull_request)
+    in_ranges = verify_shards(access, target, done.commit, local)
     if target.tag is not None:
-        put_tag(access, target.repo, target.tag, now.commit, _holder(access, target, local))
+        put_tag(access, target.repo, target.tag, done.commit, _holder(access, target, local))
     if target.collection is not None:
         put_in_collection(access, target.collection, target.repo)
     return Pushed(
-        now.commit,
-        f"{access.host}/{target.repo}/tree/{now.commit}",
-        changed=done is not None,
-        pull_request=now.pull_request.url if now.pull_request else None,
+        done.commit,
+        f"{access.host}/{target.repo}/tree/{done.commit}",
+        changed=changed,
+        pull_request=done.pull_request.url if done.pull_request else None,
         notes=_notes(target, base.branch, in_ranges=in_ranges),
     )
+
+
+def _change(
+    access: Access,
+    target: Target,
+    base: _Base | None,
+    local: Local,
+    message: str,
+    on_progress: OnProgress | None,
+) -> tuple[_Base, _Done]:
+    """Check, upload, commit, read the tree back; `base` is None when it must be created first."""
+    wanted = local.entries if base is None else local.missing(base.branch.files)
+    additions = checked(local, wanted)
+    check_card(access, additions)
+    if base is None:
+        create(access, target)
+        base = _read(access, target, message, local)
+        if base is None:
+            raise TransientError(f"{target.repo} was created but is not there yet", TRY_AGAIN)
+    if target.tag is not None:
+        check_tag(access, target.repo, target.tag, None, _holder(access, target, local))
+    change = change_of(target, base.branch, local)
+    additions = [addition for addition in additions if addition.entry in change.add]
+    upload(
+        access,
+        target,
+        base.branch,
+        additions,
+        opens_pull_request=base.opens,
+        on_progress=on_progress,
+    )
+    done = _commit(access, target, base, change, additions, local, message)
+    verify_tree(access, target, done.commit, change.delete, local)
+    return base, done
 
 
 def _read(access: Access, target: Target, title: str, local: Local) -> _Base | None:
@@ -142,13 +165,14 @@ def _read(access: Access, target: Target, title: str, local: Local) -> _Base | N
     check_visibility(target, branch.visibility)
     if not target.pull_request or not change_of(target, branch, local):
         return _Base(branch)
-    found = find_pull_request(access, target.repo, title)
-    if found is None:
+    ours = our_pull_requests(access, target.repo, title)
+    if not ours:
         return _Base(branch, opens=True)
+    found = ours[0]
     inside = read_branch(access, target, found.ref)
     if inside is None:
         raise TransientError(f"{found.url} is listed but cannot be read", TRY_AGAIN)
-    close_others(access, target.repo, title, found)
+    close_others(access, target.repo, ours, found)
     return _Base(inside, found)
 
 
@@ -180,17 +204,20 @@ def _commit(
             if base.opens and info.pr_num is not None:
                 opened = PullRequest.of(access, target.repo, info.pr_num)
                 if again:
-                    close_others(access, target.repo, message, opened)
+                    ours = our_pull_requests(access, target.repo, message)
+                    close_others(access, target.repo, ours, opened)
                 return _Done(info.oid, opened)
             return _Done(info.oid, base.pull_request)
         except QuantizeError:  # an interruption
             raise
         except Exception as error:
             problem = translate(access, f"committing to {target.repo}", error)
+            if isinstance(problem, Interrupted):
+                raise problem from error
             done = _took_effect(access, target, base, change, local, message, error)
             if done is not None:
                 return done
-            if delay is None or not isinstance(problem, TransientError):
+            if delay is None or not may_repeat(problem):
                 raise problem from error
             time.sleep(max(delay, retry_after_seconds(error)))
             again = True

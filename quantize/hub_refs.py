@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,14 +95,14 @@ def our_pull_requests(access: Access, repo: str, title: str) -> list[PullRequest
     return sorted(found, key=lambda item: item.number)
 
 
-def close_others(access: Access, repo: str, title: str, kept: PullRequest) -> None:
-    """Close our other pull requests of this title.
+def close_others(access: Access, repo: str, ours: Sequence[PullRequest], kept: PullRequest) -> None:
+    """Close all of `ours` but one.
 
-    There are any only when a request to open one took effect after we had stopped waiting for it,
-    and sent it again.
+    There are others only when a request to open one took effect after we had stopped waiting for
+    it, and sent it again.
     """
     api = client(access)
-    for other in our_pull_requests(access, repo, title):
+    for other in ours:
         if other.number != kept.number:
             call(
                 access,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quantize.errors import ConflictError, QuantizeError, SourceError, ToolError, TransientError
+from quantize.errors import ConflictError, QuantizeError, SourceError, ToolError
 from quantize.hub import COMMIT, RemoteFile, git_blob_id, list_files
 from quantize.hub_client import TRY_AGAIN, Access, call, client
 from quantize.listing import LISTING, not_as_made, parse_listing
@@ -182,9 +182,13 @@ def read_small_file(access: Access, repo: str, commit: str, name: str) -> str:
         )
 
 
-def create(access: Access, target: Target) -> Branch:
-    """Create what is missing of repository and branch; both may appear meanwhile."""
+def create(access: Access, target: Target) -> None:
+    """Create what is missing of repository and branch; both may appear meanwhile.
+
+    ConflictError, before anything is created, if that would be more open than the target's limit.
+    """
     api = client(access)
+    check_visibility(target, read_visibility(access, target.repo))
     call(
         access,
         f"creating {target.repo}",
@@ -196,21 +200,22 @@ def create(access: Access, target: Target) -> Branch:
             f"creating branch {target.branch} of {target.repo}",
             lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True),
         )
-    branch = read_branch(access, target)
-    if branch is None:
-        raise TransientError(f"{target.repo} was created but cannot be read yet", TRY_AGAIN)
-    return branch
 
 
-def check_visibility(target: Target, visibility: Visibility) -> None:
-    """ConflictError if the repository is more open than the target's limit allows."""
-    limit = target.limit
+def check_visibility(target: Target, visibility: Visibility | None) -> None:
+    """ConflictError if the repository is more open than the target's limit allows.
+
+    `visibility` is None for a repository that does not exist: then, if it would be.
+    """
+    limit, is_or_would_be = target.limit, "is"
+    if visibility is None:
+        visibility, is_or_would_be = "private" if target.private else "public", "would be"
     if limit is None or VISIBILITIES.index(visibility) <= VISIBILITIES.index(limit.visibility):
         return
     raise ConflictError(
-        f"{target.repo} is {visibility}, but {limit.reason}",
-        "make the repository private or name another one; if everybody is meant to see it, "
-        "set publish.hub.allow_public: true",
+        f"{target.repo} {is_or_would_be} {visibility}, but {limit.reason}",
+        "publish to a private repository (publish.hub.private: true makes one); if everybody is "
+        "meant to see it, set publish.hub.allow_public: true",
     )
 
 

@@ -16,13 +16,23 @@ from hub_fixture import (
     WEIGHTS,
     access,
     hub_server,
+    messages,
     online,
     publish,
 )
 from huggingface_hub import constants
 
 from quantize import hub
-from quantize.errors import CredentialsError, ResourceError, SourceError, TransientError
+from quantize.errors import (
+    CredentialsError,
+    Interrupted,
+    QuantizeError,
+    ResourceError,
+    SourceError,
+    ToolError,
+    TransientError,
+)
+from quantize.hub_client import call, translate
 from tests.hub_server import Fault
 from tests.hub_server.state import File
 
@@ -191,3 +201,53 @@ def test_the_token_is_in_no_message_and_no_file(
     for folder, _, names in os.walk(tmp_path):
         for name in names:
             assert TOKEN.encode() not in Path(folder, name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind"),
+    [
+        (402, "Payment required", ResourceError),
+        (507, "Insufficient storage", ResourceError),
+        (403, "Private repository storage limit reached, please upgrade", ResourceError),
+        (403, "Your storage patterns tripped our internal systems!", ResourceError),
+        (403, "You don't have the rights to write", CredentialsError),
+        (401, "Invalid credentials in Authorization header", CredentialsError),
+        (429, "Too many requests", TransientError),
+    ],
+)
+def test_what_an_answer_to_an_upload_means(
+    tmp_path: Path, status: int, said: str, kind: type[QuantizeError]
+) -> None:
+    fault = Fault("POST .*/objects/batch", times=99, status=status, message=said)
+    fault.headers = {"Retry-After": "0"}
+    with hub_server(fault) as server:
+        with pytest.raises(kind) as caught:
+            publish(server, tmp_path)
+        assert said.split(",")[0] in caught.value.message
+        assert messages(server) == ["initial commit"]
+        server.faults.clear()
+        assert publish(server, tmp_path).changed
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"), [("storage quota exceeded", ResourceError), ("bad object", ToolError)]
+)
+def test_an_object_that_is_refused(said: str, kind: type[QuantizeError]) -> None:
+    error = ValueError(f"LFS batch API returned errors:\nEncountered error for file: `{said}")
+    found = translate(hub.Access("http://127.0.0.1:9"), "uploading a", error)
+    assert type(found) is kind
+    assert said in found.message
+
+
+def test_a_signal_in_the_client_is_no_failure_of_the_hub() -> None:
+    def upload() -> None:
+        calls.append(1)
+        try:
+            raise Interrupted("stopped by SIGTERM")
+        except Interrupted as stop:
+            raise RuntimeError("Error while uploading 'a' to the Hub.") from stop
+
+    calls: list[int] = []
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        call(hub.Access("http://127.0.0.1:9", retry_seconds=(0.0,)), "uploading a", upload)
+    assert calls == [1]

@@ -140,3 +140,12 @@ def test_what_was_uploaded_before_a_failure_is_not_sent_again(tmp_path: Path) ->
         assert push(access(server), TARGET, entries, paths, MESSAGE).changed
         assert server.count("PUT ") == 1
         assert messages(server) == ["initial commit", MESSAGE]
+
+
+def test_a_card_that_the_hub_refuses_is_found_before_anything_is_uploaded(tmp_path: Path) -> None:
+    card = b"---\nlicense: no-such-license\n---\n"
+    with hub_server() as server:
+        with pytest.raises(SourceError, match=r"front matter: .*no-such-license"):
+            publish(server, tmp_path, {**CONTENTS, "README.md": card})
+        assert server.hub.repos == {}
+        assert server.count("PUT ") == 0

@@ -24,6 +24,7 @@ from quantize.errors import ConflictError, CredentialsError, QuantizeError, Usag
 from quantize.findings import Finding
 from quantize.hub import require_write
 from quantize.hub_preflight import check_hub, source_limit
+from quantize.hub_target import Limit
 from quantize.recipe import Hub, Model, Publish, Quantize, Recipe
 from quantize.stages.base import Resolved
 from quantize.stages.publish import recipe_as_published
@@ -99,9 +100,9 @@ def test_files_of_others_are_found_before_any_work() -> None:
 @pytest.mark.parametrize(
     ("private", "gated", "asked", "existing", "refused"),
     [
-        (True, False, {"private": False}, None, "is public, but model.source .* is private"),
+        (True, False, {"private": False}, None, "would be public, but model.source .* is private"),
         (True, False, {"private": True}, "public", "is public, but model.source .* is private"),
-        (False, "auto", {"private": False}, None, "is public, but model.source .* is gated"),
+        (False, "auto", {"private": False}, None, "would be public, but .* is gated"),
         (True, False, {"private": True}, None, None),
         (True, False, {"private": True}, "private", None),
         (False, False, {"private": True}, "public", None),
@@ -158,6 +159,18 @@ def test_a_target_that_became_public_meanwhile_gets_nothing(tmp_path: Path) -> N
         with pytest.raises(ConflictError, match="is public, but"):
             publish(server, tmp_path, target=replace(TARGET, limit=limit))
         assert server.count("^(PUT|POST) ") == 0
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_is_created_that_more_people_would_see(tmp_path: Path, exists: bool) -> None:
+    limit = Limit("private", "the source is private")
+    with hub_server() as server:
+        if exists:
+            server.hub.create("model", TARGET.repo, private=False)
+        open_target = replace(TARGET, private=exists, branch="dev", limit=limit)
+        with pytest.raises(ConflictError, match=r"(is|would be) public, but the source"):
+            publish(server, tmp_path, target=open_target)
+        assert [list(repo.branches) for repo in server.hub.repos.values()] == [["main"]] * exists
 
 
 @pytest.mark.parametrize("same", [True, False])
