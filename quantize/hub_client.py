@@ -114,6 +114,11 @@ def translate(access: Access, what: str, error: Exception) -> QuantizeError:
     """The error of ours for what the client raised; its cause decides where it only wraps."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    if "/xet-write-token/" in str(error) and "404" in str(error):  # from hf_xet, in its own words
+        return UsageError(
+            f"{access.host} has no Xet storage, but HF_HUB_DISABLE_XET says to use it ({what})",
+            "unset HF_HUB_DISABLE_XET, or set it to 1: files then travel by LFS",
+        )
     transport = HfHubHTTPError.__bases__[0]  # HTTPError of httpx (1.x) or httpx2 (2.x)
     for cause in _causes(error):
         if isinstance(cause, QuantizeError):  # a signal's, which the client's threads wrapped
