@@ -78,8 +78,9 @@ SCENARIOS: dict[str, Scenario] = {
 class Bench:
     """A Hub, a driver of one major and the two versions, for many schedules one after another."""
 
-    def __init__(self, major: int, folder: Path) -> None:
-        self.major, self.folder = major, folder
+    def __init__(self, major: int, folder: Path, disable_xet: str | None = None) -> None:
+        """`disable_xet` is the variable HF_HUB_DISABLE_XET; hf_xet is installed in any case."""
+        self.major, self.folder, self.disable_xet = major, folder, disable_xet
         self.first = write_version(folder / "first", FIRST)
         self.second = write_version(folder / "second", SECOND)
         self.server = HubServer(Hub({TOKEN: Account("ann")}, LIMITS), keep_bodies=True)
@@ -95,10 +96,11 @@ class Bench:
             "HF_HOME": str(self.folder / "home"),
             "HF_ENDPOINT": self.server.endpoint,
             "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "PYTHONPATH": str(ROOT),
         }
+        if self.disable_xet is not None:
+            variables["HF_HUB_DISABLE_XET"] = self.disable_xet
         self._driver = subprocess.Popen(
             [str(python_for(self.major)), "-m", "tests.faults.driver"],
             stdin=subprocess.PIPE,
