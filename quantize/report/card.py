@@ -6,11 +6,12 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import yaml
 
-from quantize.report.markdown import Safe, environment
+from quantize.report.markdown import Safe, clip, environment
 from quantize.report.redact import redact
 from quantize.report.results import (
     HUB_ID,
@@ -32,15 +33,23 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 
 TAGS = ("compressed-tensors", "vllm", "quantized")
 
+DIFFERENCES = 5
+"""Lines that :func:`differences` names."""
+
 ANSWERS = 6
 """Smoke prompts that the card shows; the record has all."""
 
 
-def render_card(record: Record) -> str:
-    """README.md for a card record (:mod:`quantize.stages.card`)."""
+def render_card(record: Record, template: str | None = None) -> str:
+    """README.md for a card record (:mod:`quantize.stages.card`).
+
+    `template` is the text of a template of the user's own, instead of `card.md.j2`.
+    """
     record = redact(record)
-    template = environment().get_template("card.md.j2")
-    card: str = template.render(
+    templates = environment()
+    shipped = templates.get_template("card.md.j2")
+    chosen = shipped if template is None else templates.from_string(template)
+    card: str = chosen.render(
         record=record,
         front=front_matter_values(record),
         method=method_text(record),
@@ -63,6 +72,31 @@ def render_card(record: Record) -> str:
         **_summary(record),
     )
     return card
+
+
+def differences(readme: str, record: Record, template: str | None = None) -> list[str]:
+    """What of a card's text its record does not say: the first lines that differ, in words.
+
+    Empty where the card is what this program makes of the record (and of `template`, the text of
+    `quantize/card.md.j2`, where the card has a template of its own). Raises what `render_card`
+    raises for a record that is incomplete.
+    """
+    expected = render_card(record, template)
+    if readme == expected:
+        return []
+    found = [
+        f"line {number}: {_quoted(shown)}, by the record {_quoted(said)}"
+        for number, (shown, said) in enumerate(
+            zip_longest(readme.split("\n"), expected.split("\n")), 1
+        )
+        if shown != said
+    ]
+    more = [f"and {len(found) - DIFFERENCES} more lines"] if len(found) > DIFFERENCES else []
+    return found[:DIFFERENCES] + more
+
+
+def _quoted(line: str | None) -> str:
+    return "no such line" if line is None else repr(clip(line, 160))
 
 
 def front_matter_values(record: Record) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from records_fixture import (
     stage_context,
 )
 
-from quantize.report.card import front_matter_values, render_card
+from quantize.report.card import differences, front_matter_values, render_card
 from quantize.report.markdown import block, code, environment, text
 from quantize.report.redact import redact
 from quantize.stages import card as stage
@@ -134,6 +134,19 @@ def test_modules_that_were_rounded_to_nearest_are_limits(made):
 def test_card_is_a_function_of_its_record_alone(made):
     record, card = made()
     assert render_card(record) == card
+
+
+def test_a_number_changed_by_hand_is_found(made):
+    record, card = made()
+    assert differences(card, record) == []
+    ratio = f"{record['compare']['perplexity']['ratio']:.4f}"
+    (found,) = differences(card.replace(f"| ×{ratio} |", "| ×0.9000 |"), record)
+    assert "×0.9000" in found
+    assert ratio in found
+    changed = json.loads(json.dumps(record))
+    changed["compare"]["tasks"][0]["candidate"] += 0.1
+    assert differences(card, changed)
+    assert differences(card + "\nMore.", record)
 
 
 def test_card_of_a_hub_checkpoint_names_its_base(made):
