@@ -68,7 +68,9 @@ def with_recipe(**changes):
 
 def test_card_of_a_local_checkpoint(made):
     record, card = made()
-    assert front(card) == {
+    values = front(card)
+    assert [entry["name"] for entry in values.pop("model-index")] == ["tiny-llama-awq"]
+    assert values == {
         "license": "apache-2.0",
         "language": ["en"],
         "library_name": "transformers",
@@ -77,13 +79,13 @@ def test_card_of_a_local_checkpoint(made):
         "quantized_by": "quantize",
     }
     ratio = record["compare"]["perplexity"]["ratio"]
-    assert f"perplexity {ratio:.4f} times that of BF16 on valley.jsonl (95% interval" in card
-    assert "weights 0.350 times the original's size" in card
+    assert f"perplexity is {ratio:.4f} times that of BF16 on valley.jsonl (95% interval" in card
+    assert "weights take 0.350 times the original's size." in card
     assert "vllm serve ./tiny-llama-awq \\\n" in card
     assert "--max-model-len 1024" in card
     assert "15,321" in card
     assert "e" * 64 in card
-    assert "Quantized modules: 28; kept as they were: 1." in card
+    assert "- Linear layers: 28 quantized, 1 kept as they were: `lm_head`" in card
     assert "llmcompressor 0.14.0.1" in card
     assert "Not measured" not in card
     assert "overrides" not in card
@@ -247,7 +249,7 @@ def test_a_card_without_evaluation_says_so(made):
     assert "## Results" not in card
     assert "## Serving" not in card
     assert "the method needs no data" in card
-    assert "weights 0.350 times the original's size." in card
+    assert "weights take 0.350 times the original's size." in card
 
 
 def test_a_candidate_that_was_not_served(made):
