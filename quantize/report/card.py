@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from quantize.errors import SourceError
 from quantize.report.card_metadata import eval_results, front_matter_values
 from quantize.report.card_plots import alt_text
 from quantize.report.card_serving import (
@@ -55,9 +56,18 @@ def render_card(record: Record, template: str | None = None, name: str = "card.m
     """README.md for a card record (:mod:`quantize.stages.card`).
 
     `template` is the text of a template of the user's own, `name` what errors call it; else it is
-    the shipped one. What a user's template does wrong is a SourceError with its line.
+    the shipped one. What a user's template does wrong is a SourceError with its line, and so is a
+    record that lacks what a card needs.
     """
-    return card_template(template, name)(card_variables(redact(record)))
+    render = card_template(template, name)
+    try:
+        variables = card_variables(redact(record))
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise SourceError(
+            f"the record is not that of a card: {type(error).__name__}: {error}",
+            "make it again with `quantize run`",
+        ) from error
+    return render(variables)
 
 
 def differences(readme: str, record: Record, template: str | None = None) -> list[str]:

@@ -76,7 +76,7 @@ def front_matter_values(record: Record) -> dict[str, Any]:
     }
     results = _results(record)
     if results:
-        values["model-index"] = [{"name": record["recipe"]["name"], "results": results}]
+        values["model-index"] = [{"name": one_line(record["recipe"]["name"]), "results": results}]
     return values
 
 

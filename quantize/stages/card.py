@@ -33,6 +33,7 @@ from quantize.report.results import HUB_ID
 
 if TYPE_CHECKING:
     from quantize.recipe import Recipe
+    from quantize.report.page.figures import Figure
     from quantize.stages.base import Resolved, StageContext
 
 VERSION = 3
@@ -64,10 +65,12 @@ def run(context: StageContext) -> None:
     from quantize.report.card import eval_results, render_card  # jinja2: no plan pays for it
 
     record = build_record(context)
-    record["plots"] = _draw(context, record)
-    template = None
-    if context.recipe.publish.card_template is not None:
-        template = _take_template(context, record)
+    figures = _figures(context, record)
+    if figures:
+        from quantize.report.card_plots import draw
+
+        draw(figures, context.files / "plots")
+    template = _take_template(context) if "card_template" in record else None
     write_json(context.files / "record.json", record)
     name = context.recipe.publish.card_template or "the shipped template"
     write_atomic(context.files / "README.md", render_card(record, template, name))
@@ -76,30 +79,25 @@ def run(context: StageContext) -> None:
         write_atomic(context.files / "eval_results" / file, text)
 
 
-def _take_template(context: StageContext, record: dict[str, Any]) -> str:
+def _take_template(context: StageContext) -> str:
     """The recipe's template; its copy goes with the card, which can then be made again."""
     from quantize.report.card_template import read_template
 
     path = context.resolved.paths["card_template"]
     text = read_template(path)
-    digest = sha256(text.encode()).hexdigest()
-    if digest != context.resolved.digests["card_template"]:
+    if sha256(text.encode()).hexdigest() != context.resolved.digests["card_template"]:
         raise SourceError(f"{path} changed after the run began", "run the command again")
-    record["card_template"] = digest
     write_atomic(context.files / "card.md.j2", text)
     return text
 
 
-def _draw(context: StageContext, record: dict[str, Any]) -> list[str]:
-    """Draw the pictures; their names. Without a comparison there is nothing to draw."""
+def _figures(context: StageContext, record: dict[str, Any]) -> list[Figure]:
+    """The pictures as data; without a comparison there are none."""
     if "compare" not in context.inputs:
         return []
-    from quantize.report.card_plots import card_figures, draw
+    from quantize.report.card_plots import card_figures
 
-    figures = card_figures(record, context.inputs["compare"].json("details.json"))
-    if figures:
-        draw(figures, context.files / "plots")
-    return [figure.name for figure in figures]
+    return card_figures(record, context.inputs["compare"].json("details.json"))
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -143,8 +141,10 @@ def build_record(context: StageContext) -> dict[str, Any]:
     for role in MEASURED:
         if role in inputs:
             record[role] = inputs[role].json("record.json")
+    if recipe.publish.card_template is not None:
+        record["card_template"] = context.resolved.digests["card_template"]
     found: dict[str, Any] = redact(record)
-    return found
+    return found | {"plots": [figure.name for figure in _figures(context, found)]}
 
 
 def _target(recipe: Recipe) -> str | None:
