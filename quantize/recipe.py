@@ -339,6 +339,11 @@ class Publish(Block):
 
     folder: str | None = Field(None, description="A folder (relative to the working directory).")
     hub: Hub | None = Field(None, description="A Hub repository; needs a token that may write.")
+    card_template: str | None = Field(
+        None,
+        min_length=1,
+        description="A Jinja template for the model card (relative to the recipe file).",
+    )
 
 
 class EnvironmentOverride(Block):

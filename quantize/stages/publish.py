@@ -1,8 +1,8 @@
 """publish: the quantized checkpoint, its card and its record to a folder, to the Hub, or both.
 
-What is published: every file of the compress artifact's `model/`, the card as `README.md`, and
-below `quantize/` the card's `record.json`, the `recipe.yaml` and `manifest.json`, which lists all
-the others. Nothing names a path of this machine.
+What is published: every file of the compress artifact's `model/`, the card as `README.md` with
+`.eval_results/`, and below `quantize/` the card's `record.json`, its `plots/` and `card.md.j2`, the
+`recipe.yaml` and `manifest.json`, which lists all the others. Nothing names a path of this machine.
 
 Writes `receipt.json`::
 
@@ -135,15 +135,21 @@ def collect(context: StageContext) -> Files:
         name = entry.name.removeprefix("model/")
         if name != entry.name and name != "README.md":  # the source's card is not this model's
             add(name, entry, compress.path / entry.name)
-    of_card = {entry.name: entry for entry in card.manifest.files}
-    add("README.md", of_card["README.md"], card.file("README.md"))
-    add("quantize/record.json", of_card["record.json"], card.file("record.json"))
+    for entry in card.manifest.files:
+        add(published_name(entry.name), entry, card.file(entry.name))
     recipe = context.files / "recipe.yaml"
     write_atomic(recipe, recipe_text(context.resolved, card.json("record.json")["recipe"]))
     add("quantize/recipe.yaml", _entry(recipe), recipe)
     listing = context.files / "published.json"
     add(LISTING, write_listing(listing, entries), listing)
     return Files(tuple(entries), paths)
+
+
+def published_name(name: str) -> str:
+    """Where a file of the card artifact goes; the Hub reads the README and `.eval_results/`."""
+    if name == "README.md":
+        return name
+    return f".{name}" if name.startswith("eval_results/") else f"quantize/{name}"
 
 
 def recipe_text(resolved: Resolved, values: dict[str, Any]) -> str:
