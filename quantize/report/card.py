@@ -26,6 +26,7 @@ from quantize.report.results import (
     smoke_row,
     verdict_rows,
 )
+from quantize.servers import vllm
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
@@ -115,18 +116,52 @@ def serve_command(record: Record) -> str:
     options.append(f"--{caching}" if serve["enable_prefix_caching"] else f"--no-{caching}")
     if serve["extra_args"]:
         options.append(shlex.join(serve["extra_args"]))
-    return " \\\n  ".join([f"vllm serve {shlex.quote(_place(record))}", *options])
+    if "adapter" not in record:
+        return " \\\n  ".join([f"vllm serve {shlex.quote(_place(record))}", *options])
+    # vLLM takes an adapter from a folder, not from a folder of a repository.
+    place = f"./{record['recipe']['name']}"
+    options += adapter_options(record, place)
+    get = f"hf download {record['target']} --local-dir {place}\n" if "target" in record else ""
+    return get + " \\\n  ".join([f"vllm serve {shlex.quote(place)}", *options])
+
+
+def adapter_options(record: Record, place: str) -> list[str]:
+    """VLLM's flags for an adapter in `place`/adapter; requests name it as their model."""
+    rank, name = record["adapter"]["rank"], record["recipe"]["name"]
+    words = vllm.adapter_options(f"{name}-adapter", f"{place}/adapter", rank)
+    options = [words[0], shlex.join(words[1:3]), shlex.join(words[3:])]
+    if record["adapter"]["tokenizer"]:
+        options.append(f"--tokenizer {shlex.quote(f'{place}/adapter')}")
+    return options
 
 
 def transformers_code(record: Record) -> str:
     """A snippet that loads the checkpoint in transformers."""
     place = json.dumps(_place(record))
+    if "adapter" in record:
+        return _pair_code(record)
     return "\n".join(
         (
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({place})",
             f'model = AutoModelForCausalLM.from_pretrained({place}, dtype="auto")',
+        )
+    )
+
+
+def _pair_code(record: Record) -> str:
+    """The same for a base and its adapter, from a local copy."""
+    place = f"./{record['recipe']['name']}"
+    tokenizer = f"{place}/adapter" if record["adapter"]["tokenizer"] else place
+    return "\n".join(
+        (
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})",
+            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(place)}, dtype="auto")',
+            f"model = PeftModel.from_pretrained(base, {json.dumps(f'{place}/adapter')})",
         )
     )
 

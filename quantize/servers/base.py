@@ -10,6 +10,15 @@ from quantize.recipe import Serve
 
 
 @dataclass(frozen=True)
+class ServedAdapter:
+    """A LoRA adapter that requests name instead of its base."""
+
+    name: str
+    folder: Path
+    rank: int  # the largest of its modules
+
+
+@dataclass(frozen=True)
 class Launch:
     """One server process to be started on the loopback interface."""
 
@@ -20,7 +29,8 @@ class Launch:
     accelerator: str  # cpu or cuda
     serve: Serve
     max_logprobs: int
-    tokenizer: Path | None = None  # another checkpoint's folder; the model's own if absent
+    tokenizer: Path | None = None  # another folder's; the model's own if absent
+    adapter: ServedAdapter | None = None
 
 
 class Server(Protocol):

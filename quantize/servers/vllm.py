@@ -10,6 +10,9 @@ NAME = "vllm"
 ENVIRONMENT = "vllm"
 START_SECONDS = 1800.0  # a 70B checkpoint from a network disk, and graph capture
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be (`vllm/config/lora.py`)."""
+
 NOT_ON_CPU = {
     "FP8": "vLLM's CPU backend has no FP8 with static activation scales",
     "FP8_BLOCK": "vLLM's CPU backend has no block-wise FP8",
@@ -35,6 +38,10 @@ KNOWN_FAILURES = (
     ),
     (r"Free memory on device", "another process holds the GPU: end it, or lower the utilization"),
     (
+        r"does not support LoRA",
+        "vLLM serves no adapter on this architecture: use adapter_mode: merge",
+    ),
+    (
         r"[Aa]ddress already in use",
         "another program has taken the port: run the same command again",
     ),
@@ -56,6 +63,10 @@ def command(launch: Launch) -> list[str]:
     arguments += ["--generation-config", "vllm"]
     if launch.tokenizer is not None:
         arguments += ["--tokenizer", str(launch.tokenizer)]
+    if launch.adapter is not None:
+        arguments += adapter_options(
+            launch.adapter.name, str(launch.adapter.folder), launch.adapter.rank
+        )
     if serve.max_model_len is not None:
         arguments += ["--max-model-len", str(serve.max_model_len)]
     caching = "--enable-prefix-caching"
@@ -65,6 +76,12 @@ def command(launch: Launch) -> list[str]:
     else:
         arguments += ["--enforce-eager"]  # compiling takes longer than a measurement on CPU
     return arguments + list(serve.extra_args)
+
+
+def adapter_options(name: str, place: str, rank: int) -> list[str]:
+    """Flags that serve an adapter beside its base; requests name it as their model."""
+    largest = next(size for size in LORA_RANKS if size >= rank)
+    return ["--enable-lora", "--lora-modules", f"{name}={place}", "--max-lora-rank", str(largest)]
 
 
 def variables(launch: Launch) -> dict[str, str]:

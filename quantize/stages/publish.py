@@ -2,7 +2,8 @@
 
 What is published: every file of the compress artifact's `model/`, the card as `README.md`, and
 below `quantize/` the card's `record.json`, the `recipe.yaml` and `manifest.json`, which lists all
-the others. Nothing names a path of this machine.
+the others. An adapter that is kept apart lies below `adapter/`. Nothing names a path of this
+machine.
 
 Writes `receipt.json`::
 
@@ -123,6 +124,11 @@ def collect(context: StageContext) -> Files:
         name = entry.name.removeprefix("model/")
         if name != entry.name and name != "README.md":  # the source's card is not this model's
             add(name, entry, compress.path / entry.name)
+    if "adapter" in context.inputs:
+        adapter = context.inputs["adapter"]
+        for entry in adapter.manifest.files:
+            if entry.name.startswith("adapter/"):
+                add(entry.name, entry, adapter.file(entry.name))
     of_card = {entry.name: entry for entry in card.manifest.files}
     add("README.md", of_card["README.md"], card.file("README.md"))
     add("quantize/record.json", of_card["record.json"], card.file("record.json"))
