@@ -42,7 +42,8 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank of any module."""
-        return max([int(self.config["r"]), *(self.config.get("rank_pattern") or {}).values()])
+        patterns = self.config.get("rank_pattern") or {}
+        return max(int(rank) for rank in (self.config["r"], *patterns.values()))
 
     @property
     def trained_on(self) -> str | None:
@@ -102,6 +103,8 @@ def read_adapter(folder: Path) -> tuple[Adapter | None, list[Finding]]:
         )
     elif config:
         findings += _bad_ranks(folder, config)
+    if not findings and not tensors:
+        findings.append(Finding(f"{folder / WEIGHTS} holds no tensors", "save the adapter again"))
     if findings:
         return None, findings
     modules, strange = _grouped(tensors)

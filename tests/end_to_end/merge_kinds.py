@@ -47,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "eva": {},
     "fp16": {},
     "fp32": {},
+    "more_tokens": {},
     "incomplete": {},
     "strange": {},
     "sabotaged_scaling": {},
@@ -88,6 +89,8 @@ def make(folder: Path, kind: str, options: dict[str, Any]) -> None:
     if "added" in kind:
         words = [*WORDS, "<extra>", "<more>"]
         model.resize_token_embeddings(len(words))
+    if kind == "more_tokens":
+        words = [*WORDS, "<extra>"]
     adapted = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=10, **{"target_modules": TARGETS} | options)
     )
