@@ -11,6 +11,7 @@ from typing import Any
 from quantize.errors import SourceError
 from quantize.findings import Finding
 from quantize.model_files import read_json_object
+from quantize.store import Artifact
 from quantize.tensors import TensorInfo, read_header
 
 CONFIG = "adapter_config.json"
@@ -155,3 +156,13 @@ _PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
     "token_adapter.trainable_tokens_delta": "tokens",
 }
+
+
+def adapter_folder(artifact: Artifact) -> Path:
+    """The adapter in a fetch-adapter artifact."""
+    return artifact.path / "adapter"
+
+
+def tokenizer_folder(artifact: Artifact) -> Path | None:
+    """Where its tokenizer is, if it brings one."""
+    return adapter_folder(artifact) if artifact.json("adapter.json")["tokenizer"] else None

@@ -14,7 +14,7 @@ from quantize.adapter import Adapter, bare, read_adapter
 from quantize.checkpoint import EMBEDDING, Checkpoint
 from quantize.findings import Finding
 from quantize.modules import module_name
-from quantize.servers.vllm import LORA_RANKS
+from quantize.servers.vllm_lora import RANKS
 from quantize.tensors import TensorInfo
 
 HARMLESS = frozenset(
@@ -47,7 +47,7 @@ REFUSED = {
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """`init_lora_weights` that leave the base as it is; what changes it is refused."""
 
-SERVED_RANK = LORA_RANKS[-1]
+SERVED_RANK = RANKS[-1]
 
 MERGED_ELSEWHERE = "merge it with the tool that trained it, and name the result in model.source"
 

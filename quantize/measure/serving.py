@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.adapter import adapter_folder, tokenizer_folder
 from quantize.checkpoint import model_folder
 from quantize.machine import device_name
 from quantize.measure.client import MAX_CONNECTIONS, Client
@@ -17,7 +18,6 @@ from quantize.process import Process
 from quantize.records import Server
 from quantize.servers import SERVERS
 from quantize.servers.base import Launch, ServedAdapter
-from quantize.stages.adapter import adapter_folder, tokenizer_folder
 from quantize.stages.base import StageContext
 
 SERVED_NAME = "model"

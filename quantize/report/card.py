@@ -26,7 +26,7 @@ from quantize.report.results import (
     smoke_row,
     verdict_rows,
 )
-from quantize.servers import vllm
+from quantize.servers import vllm_lora
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
@@ -128,7 +128,7 @@ def serve_command(record: Record) -> str:
 def adapter_options(record: Record, place: str) -> list[str]:
     """VLLM's flags for an adapter in `place`/adapter; requests name it as their model."""
     rank, name = record["adapter"]["rank"], record["recipe"]["name"]
-    words = vllm.adapter_options(f"{name}-adapter", f"{place}/adapter", rank)
+    words = vllm_lora.adapter_options(f"{name}-adapter", f"{place}/adapter", rank)
     options = [words[0], shlex.join(words[1:3]), shlex.join(words[3:])]
     if record["adapter"]["tokenizer"]:
         options.append(f"--tokenizer {shlex.quote(f'{place}/adapter')}")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 
 from quantize.servers.base import Launch
+from quantize.servers.vllm_lora import adapter_options
 
 NAME = "vllm"
 ENVIRONMENT = "vllm"
 START_SECONDS = 1800.0  # a 70B checkpoint from a network disk, and graph capture
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be (`vllm/config/lora.py`)."""
 
 NOT_ON_CPU = {
     "FP8": "vLLM's CPU backend has no FP8 with static activation scales",
@@ -76,12 +74,6 @@ def command(launch: Launch) -> list[str]:
     else:
         arguments += ["--enforce-eager"]  # compiling takes longer than a measurement on CPU
     return arguments + list(serve.extra_args)
-
-
-def adapter_options(name: str, place: str, rank: int) -> list[str]:
-    """Flags that serve an adapter beside its base; requests name it as their model."""
-    largest = next(size for size in LORA_RANKS if size >= rank)
-    return ["--enable-lora", "--lora-modules", f"{name}={place}", "--max-lora-rank", str(largest)]
 
 
 def variables(launch: Launch) -> dict[str, str]:

@@ -28,7 +28,6 @@ from quantize.report.redact import base_name
 from quantize.report.results import HUB_ID
 from quantize.stages import fetch
 from quantize.stages.base import Resolved, StageContext
-from quantize.store import Artifact
 
 VERSION = 1
 
@@ -103,13 +102,3 @@ def _facts(adapter: Adapter, output: Path) -> dict[str, Any]:
         on_hub = HUB_ID.fullmatch(named) and not named.startswith((".", "~"))
         facts["trained_on"] = named if on_hub else base_name(named)
     return facts
-
-
-def adapter_folder(artifact: Artifact) -> Path:
-    """The adapter in a fetch-adapter artifact."""
-    return artifact.path / "adapter"
-
-
-def tokenizer_folder(artifact: Artifact) -> Path | None:
-    """Where its tokenizer is, if it brings one."""
-    return adapter_folder(artifact) if artifact.json("adapter.json")["tokenizer"] else None

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize.adapter import adapter_folder
 from quantize.adapter_checks import check_adapter
 from quantize.artifact_checks import Check, check_tensors
 from quantize.checkpoint import Checkpoint, chat_template, model_folder, read_checkpoint
@@ -27,7 +28,6 @@ from quantize.keys import file_sha256
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json
 from quantize.recipe import Quantize
-from quantize.stages.adapter import adapter_folder
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantize.adapter import tokenizer_folder
 from quantize.checkpoint import model_folder
 from quantize.process import hub_token
-from quantize.stages.adapter import tokenizer_folder
 from quantize.stages.base import Resolved, StageContext
 
 VERSION = 2  # 2: rows.jsonl

@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quantize.adapter import tokenizer_folder
 from quantize.checkpoint import EMBEDDING, model_folder, read_checkpoint
 from quantize.measure.scope import Scope, scope
 from quantize.model_files import read_json_object
 from quantize.protocol import write_json
 from quantize.records import MEASURE_SCHEMA, MeasureRecord, Missing
 from quantize.servers import SERVERS
-from quantize.stages.adapter import tokenizer_folder
 from quantize.stages.base import Resolved, StageContext
 
 VERSION = 3
