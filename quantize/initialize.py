@@ -215,7 +215,7 @@ def _model(facts: Facts) -> str:
     if not facts.local:
         lines.append("  revision: main # better: a commit's 40 hex digits, so that it cannot move")
     lines.append(
-        "  # adapter: a LoRA adapter's folder or repository; adapter_mode: merge or separate"
+        "  # adapter: a LoRA adapter's folder or repository, merged (adapter_mode: separate)"
     )
     if facts.base is not None:
         lines.append(f"  base: {scalar(facts.base)} # from the checkpoint's README.md")
