@@ -47,6 +47,11 @@ class Adapter:
         return max(int(rank) for rank in (self.config["r"], *patterns.values()))
 
     @property
+    def targets(self) -> list[str]:
+        """The last parts of its modules' names, sorted: down_proj, q_proj, ..."""
+        return sorted({name.rpartition(".")[2] for name in self.modules})
+
+    @property
     def trained_on(self) -> str | None:
         """What the adapter's config calls its base, if it does."""
         name = self.config.get("base_model_name_or_path")

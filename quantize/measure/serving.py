@@ -86,8 +86,9 @@ def _adapter(context: StageContext, scope: Scope) -> ServedAdapter | None:
     artifact = context.inputs.get("adapter")
     if artifact is None or scope.foreign_tokenizer:
         return None
-    rank = int(artifact.json("adapter.json")["rank"])
-    return ServedAdapter(SERVED_NAME, adapter_folder(artifact), rank)
+    said = artifact.json("adapter.json")
+    folder, targets = adapter_folder(artifact), tuple(said["targets"])
+    return ServedAdapter(SERVED_NAME, folder, int(said["rank"]), targets)
 
 
 def _tokenizer(context: StageContext, scope: Scope) -> Path | None:

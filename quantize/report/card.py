@@ -127,9 +127,11 @@ def serve_command(record: Record) -> str:
 
 def adapter_options(record: Record, place: str) -> list[str]:
     """VLLM's flags for an adapter in `place`/adapter; requests name it as their model."""
-    rank, name = record["adapter"]["rank"], record["recipe"]["name"]
-    words = vllm_lora.adapter_options(f"{name}-adapter", f"{place}/adapter", rank)
-    options = [words[0], shlex.join(words[1:3]), shlex.join(words[3:])]
+    adapter, name = record["adapter"], record["recipe"]["name"]
+    served = vllm_lora.adapter_options(
+        f"{name}-adapter", f"{place}/adapter", adapter["rank"], adapter["targets"]
+    )
+    options = [shlex.join(words) for words in served]
     if record["adapter"]["tokenizer"]:
         options.append(f"--tokenizer {shlex.quote(f'{place}/adapter')}")
     return options

@@ -16,6 +16,7 @@ class ServedAdapter:
     name: str
     folder: Path
     rank: int  # the largest of its modules
+    targets: tuple[str, ...]  # last parts of its modules' names: q_proj, ...
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,9 @@ def command(launch: Launch) -> list[str]:
     if launch.tokenizer is not None:
         arguments += ["--tokenizer", str(launch.tokenizer)]
     if launch.adapter is not None:
-        arguments += adapter_options(
-            launch.adapter.name, str(launch.adapter.folder), launch.adapter.rank
-        )
+        served = launch.adapter
+        for option in adapter_options(served.name, str(served.folder), served.rank, served.targets):
+            arguments += option
     if serve.max_model_len is not None:
         arguments += ["--max-model-len", str(serve.max_model_len)]
     caching = "--enable-prefix-caching"

@@ -6,6 +6,7 @@ the base's, and the chat template of the adapter, or else of the base. Writes `a
 
     {"source": as the recipe names it, "commit"?: Hub only,
      "rank": the largest of any module, "modules": how many it adapts,
+     "targets": the last parts of their names,
      "trained_on"?: what its config calls its base,
      "tokenizer": whether `adapter/` holds one,
      "files": [{"name", "bytes", "sha256"}]}   # in `adapter/`
@@ -96,6 +97,7 @@ def _facts(adapter: Adapter, output: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "rank": adapter.rank,
         "modules": len(adapter.modules),
+        "targets": adapter.targets,
         "tokenizer": any((output / n).is_file() for n in ("tokenizer.json", "tokenizer.model")),
     }
     if named is not None:  # a local path says nothing to others

@@ -119,6 +119,7 @@ def test_it_is_copied_as_it_is(tmp_path: Path) -> None:
     assert tree_sha256(given.files / "adapter", names) == given.resolved.digests["adapter"]
     assert said["rank"] == 4
     assert said["modules"] == 6
+    assert said["targets"] == ["down_proj", "q_proj", "v_proj"]
     assert said["trained_on"] == "somewhere/checkpoint"
     assert said["tokenizer"] is False
     assert given.notes == []
@@ -182,7 +183,9 @@ def test_requests_reach_the_adapter(tmp_path: Path) -> None:
     folder = kept.path / "adapter"
     for stage_id in ("measure-baseline", "measure-candidate", "measure-repeat"):
         asked = scope(resolved, stage_id)
-        assert _adapter(given, asked) == ServedAdapter("model", folder, 4)
+        assert _adapter(given, asked) == ServedAdapter(
+            "model", folder, 4, ("down_proj", "q_proj", "v_proj")
+        )
         assert _tokenizer(given, asked) == folder
     base = scope(resolved, "measure-base")
     assert _adapter(given, base) is None
@@ -202,11 +205,17 @@ def test_the_servers_command(rank: int, largest: str) -> None:
     )
     plain = vllm.command(launch)
     assert "--enable-lora" not in plain
-    served = replace(launch, adapter=ServedAdapter("model", Path("/an adapter"), rank))
-    added = [word for word in vllm.command(served) if word not in plain]
-    assert added == ["--enable-lora", "--lora-modules", "model=/an adapter", "--max-lora-rank"] + (
-        [largest] if largest != "1" else []
+    served = replace(
+        launch, adapter=ServedAdapter("model", Path("/an adapter"), rank, ("q_proj", "k_proj"))
     )
+    words = vllm.command(served)
+    start = words.index("--enable-lora")
+    added = words[start : start + 8]
+    assert added == [
+        *("--enable-lora", "--lora-modules", "model=/an adapter", "--max-lora-rank", largest),
+        *("--lora-target-modules", "q_proj", "k_proj"),
+    ]
+    assert words[:start] + words[start + 8 :] == plain
 
 
 PAIR_RECIPE: dict[str, Any] = RECIPE | {
