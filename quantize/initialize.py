@@ -214,7 +214,9 @@ def _model(facts: Facts) -> str:
     lines = ["model:", f"  source: {scalar(facts.source)}"]
     if not facts.local:
         lines.append("  revision: main # better: a commit's 40 hex digits, so that it cannot move")
-    lines.append("  # adapter: a LoRA adapter's folder or repository, merged in BF16 first")
+    lines.append(
+        "  # adapter: a LoRA adapter's folder or repository, merged (adapter_mode: separate)"
+    )
     if facts.base is not None:
         lines.append(f"  base: {scalar(facts.base)} # from the checkpoint's README.md")
     else:

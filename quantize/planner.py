@@ -9,7 +9,17 @@ from typing import cast
 from quantize.keys import difference, digest
 from quantize.plan import Plan, StageEntry
 from quantize.resolve import measures_base
-from quantize.stages import audit, calibrate, card, compare, compress, fetch, measure, publish
+from quantize.stages import (
+    adapter,
+    audit,
+    calibrate,
+    card,
+    compare,
+    compress,
+    fetch,
+    measure,
+    publish,
+)
 from quantize.stages.base import Resolved, Stage
 from quantize.store import Artifact, Manifest, Store
 
@@ -17,6 +27,7 @@ STAGES: dict[str, Stage] = {
     kind: cast(Stage, module)
     for kind, module in (
         ("fetch", fetch),
+        ("adapter", adapter),
         ("calibrate", calibrate),
         ("compress", compress),
         ("audit", audit),
@@ -87,12 +98,15 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     recipe = resolved.recipe
     fetched = {"fetch": "fetch"}
     graph: list[tuple[str, str, dict[str, str]]] = [("fetch", "fetch", {})]
+    apart = _apart(resolved)
+    if apart:
+        graph.append((adapter.FETCH_ADAPTER, "adapter", fetched))
     calibrated: dict[str, str] = {}
     if recipe.quantize.needs_calibration:
-        graph.append(("calibrate", "calibrate", fetched))
+        graph.append(("calibrate", "calibrate", fetched | apart))
         calibrated = {"calibrate": "calibrate"}
     graph.append(("compress", "compress", fetched | calibrated))
-    made = fetched | {"compress": "compress"}
+    made = fetched | {"compress": "compress"} | apart
     graph.append(("audit", "audit", made))
     made = made | {"audit": "audit"}
     measured: dict[str, str] = {}
@@ -106,15 +120,22 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     if recipe.publish.folder is not None or recipe.publish.hub is not None:
         # It reads no comparison, but nothing is published whose gates cannot be asked.
         gates = {"compare": "compare"} if measured else {}
-        graph.append(("publish", "publish", {"compress": "compress", "card": "card"} | gates))
+        published = {"compress": "compress", "card": "card"} | apart
+        graph.append(("publish", "publish", published | gates))
     return graph
+
+
+def _apart(resolved: Resolved) -> dict[str, str]:
+    """Role and stage of an adapter that is not merged; the quantized base does not depend on it."""
+    keeps = resolved.recipe.model.keeps_adapter
+    return {"adapter": adapter.FETCH_ADAPTER} if keeps else {}
 
 
 def _measurements(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     """Baseline and candidate; the baseline again for its noise; the base for retention."""
     evaluate = resolved.recipe.evaluate
     assert evaluate is not None, "a suite comes from an evaluate block"
-    served = {"fetch": "fetch", "model": "fetch"}
+    served = {"fetch": "fetch", "model": "fetch"} | _apart(resolved)
     graph = [
         ("measure-baseline", "measure", served),
         ("measure-candidate", "measure", served | {"model": "compress"}),

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from quantize.adapter_checks import check_adapter
 from quantize.checkpoint import LAYER, Checkpoint, examine
 from quantize.engine.support import why_not
 from quantize.errors import CredentialsError, ResourceError
 from quantize.findings import Finding, raise_findings
 from quantize.machine import memory_bytes
 from quantize.recipe import Hub, Recipe
-from quantize.source_checks import check_adapter, check_source, promised_bytes
+from quantize.source_checks import check_source, promised_bytes
 from quantize.stages.base import Resolved
 
 ALL = frozenset({"fetch", "calibrate", "compress", "measure", "card", "publish"})
@@ -51,7 +52,8 @@ def preflight(
         if "measure" in to_run:
             findings += check_suite(checkpoint, resolved)
     if "adapter" in paths:
-        findings += check_adapter(paths["adapter"])
+        mode = recipe.model.adapter_mode or "merge"
+        findings += check_adapter(paths["adapter"], mode, checkpoint)
         template = None if template is False else template  # the adapter may bring one
     if "calibration" in paths and "calibrate" in to_run:
         findings += check_calibration(paths["calibration"], has_chat_template=template)
@@ -113,7 +115,7 @@ def check_resources(
     """Disk for what the run writes, and memory for what it loads.
 
     Disk: the artifact's tensors as the scheme promises, a merged checkpoint in BF16 where there is
-    an adapter, and SLACK_BYTES. Memory: what must be held at once in BF16 (2 bytes a parameter);
+    an adapter, and SLACK_BYTES. Memory: what must be held at once (:func:`_held_at_once`);
     without so much the machine cannot even begin.
     """
     findings = []
@@ -121,7 +123,7 @@ def check_resources(
     needed = SLACK_BYTES
     if "compress" in to_run:
         needed += promised_bytes(checkpoint, recipe)
-    if "fetch" in to_run and recipe.model.adapter is not None:
+    if "fetch" in to_run and recipe.model.merges:
         needed += in_bf16
     place = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
@@ -139,7 +141,7 @@ def check_resources(
     if memory < held:
         findings.append(
             Finding(
-                f"this machine has {_gb(memory)} of memory, {what} alone takes {_gb(held)} in BF16",
+                f"this machine has {_gb(memory)} of memory, {what} alone takes {_gb(held)}",
                 "run on a machine with more memory",
                 ResourceError,
             )
@@ -150,23 +152,34 @@ def check_resources(
 def _held_at_once(
     checkpoint: Checkpoint, recipe: Recipe, to_run: Collection[str]
 ) -> tuple[int, str]:
-    """Bytes of weights in BF16 that are in memory together, and what they are, in words.
+    """Bytes of weights that are in memory together, and what they are, in words.
 
-    Merging an adapter and llm-compressor hold the whole checkpoint. The streaming engine holds a
-    layer and reads the next, or what lies outside the layers.
+    llm-compressor holds the whole checkpoint in BF16. Merging an adapter holds it as it is stored,
+    and one layer in FP32 beside it. The streaming engine holds a layer and reads the next, or what
+    lies outside the layers.
     """
     quantize = recipe.quantize
-    merges = recipe.model.adapter is not None and "fetch" in to_run
+    layer, outside = _largest_parts(checkpoint)
+    if recipe.model.merges and "fetch" in to_run:
+        stored = max(checkpoint.weight_bytes, 2 * checkpoint.parameters)
+        return stored + 2 * layer, "the checkpoint with one layer in FP32"
     streams = quantize.engine == "stream"
-    if merges or not streams or why_not(checkpoint.architecture, quantize.ignore) is not None:
+    if not streams or why_not(checkpoint.architecture, quantize.ignore) is not None:
         return 2 * checkpoint.parameters, "the checkpoint"
+    pair = 2 * layer
+    if pair > outside:
+        return pair, "a pair of layers"
+    return outside, "its embedding"
+
+
+def _largest_parts(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bytes in BF16 of the largest layer, and of everything outside the layers."""
     parts: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         layer = LAYER.search(name)
         parts[name[: layer.end()] if layer else ""] += 2 * info.elements
     outside = parts.pop("", 0)
-    pair = 2 * max(parts.values(), default=0)
-    return (pair, "a pair of layers") if pair > outside else (outside, "its embedding")
+    return max(parts.values(), default=0), outside
 
 
 def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Finding]:

@@ -132,7 +132,12 @@ class Model(Block):
         None, description="Hub only: a commit hash; a branch or tag is resolved and pinned."
     )
     adapter: str | None = Field(
-        None, description="A LoRA adapter (folder or Hub repository) to merge in BF16 first."
+        None, description="A LoRA adapter (folder or Hub repository) for the source."
+    )
+    adapter_mode: Literal["merge", "separate"] | None = Field(
+        None,
+        description="merge (the default): merge the adapter in BF16, then quantize. separate: "
+        "quantize the source alone, and serve and measure it with the adapter beside it.",
     )
     adapter_revision: str | None = Field(None, description="Hub only: the adapter's commit hash.")
     base: str | None = Field(
@@ -147,9 +152,21 @@ class Model(Block):
     def _revisions_have_their_models(self) -> Model:
         if self.adapter_revision is not None and self.adapter is None:
             raise ValueError("adapter_revision without adapter: name the adapter or remove it")
+        if self.adapter_mode is not None and self.adapter is None:
+            raise ValueError("adapter_mode without adapter: name the adapter or remove it")
         if self.base_revision is not None and self.base is None:
             raise ValueError("base_revision without base: name the base or remove it")
         return self
+
+    @property
+    def merges(self) -> bool:
+        """Whether an adapter becomes part of the checkpoint before anything else."""
+        return self.adapter is not None and self.adapter_mode != "separate"
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether an adapter stays a thing of its own, served beside the quantized source."""
+        return self.adapter is not None and self.adapter_mode == "separate"
 
 
 class Calibration(Block):

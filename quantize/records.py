@@ -19,6 +19,7 @@ class Subject(TypedDict):
     key: str  # key of the fetch or compress artifact
     bytes: int  # of all safetensors files
     parameters: int  # elements of the unquantized model's tensors
+    adapter: NotRequired[str]  # key of the adapter that was served with it, as the model asked
 
 
 class Server(TypedDict):

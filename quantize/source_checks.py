@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from quantize.checkpoint import LAYER, Checkpoint, examine
-from quantize.errors import SourceError
 from quantize.findings import Finding
 from quantize.formats import (
     BLOCK,
@@ -18,10 +17,9 @@ from quantize.formats import (
     layout_bytes,
     module_formats,
 )
-from quantize.model_files import read_json_object
 from quantize.modules import matches, module_name, nearest, served_unit
 from quantize.recipe import GROUPED, Quantize, Recipe
-from quantize.tensors import TensorInfo, read_header
+from quantize.tensors import TensorInfo
 
 ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|w2|wo)$")
 """Linears whose input is split over the ranks of tensor parallelism; others split their output."""
@@ -65,41 +63,6 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
     for size in sorted({recipe.serve.tensor_parallel_size, *recipe.serve.tensor_parallel_sizes}):
         findings += _check_tensor_parallel(checkpoint, chosen, size)
     return findings + _check_lengths(checkpoint, recipe)
-
-
-def check_adapter(folder: Path) -> list[Finding]:
-    """What keeps a local LoRA adapter from being merged."""
-    config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_path.is_file():
-        hint = "model.adapter must be a folder that peft's save_pretrained wrote"
-        return [Finding(f"no adapter_config.json in {folder}", hint)]
-    try:
-        config = read_json_object(config_path)
-    except SourceError as error:
-        return [Finding.of(error)]
-    findings = []
-    if config.get("peft_type") != "LORA":
-        findings.append(
-            Finding(
-                f"the adapter in {folder} is of type {config.get('peft_type')}, not LORA",
-                "merge it with the tool that trained it, and name the result in model.source",
-            )
-        )
-    if weights.is_file():
-        try:
-            read_header(weights)
-        except SourceError as error:
-            findings.append(Finding.of(error))
-    elif (folder / "adapter_model.bin").is_file():
-        findings.append(
-            Finding(
-                f"the adapter in {folder} holds only pickled weights (adapter_model.bin)",
-                "save it again with peft's save_pretrained, which writes safetensors",
-            )
-        )
-    else:
-        findings.append(Finding(f"no adapter_model.safetensors in {folder}", "copy it there"))
-    return findings
 
 
 def promised_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.adapter import adapter_folder, tokenizer_folder
 from quantize.checkpoint import model_folder
 from quantize.machine import device_name
 from quantize.measure.client import MAX_CONNECTIONS, Client
@@ -16,10 +17,13 @@ from quantize.model_files import read_json_object
 from quantize.process import Process
 from quantize.records import Server
 from quantize.servers import SERVERS
-from quantize.servers.base import Launch
+from quantize.servers.base import Launch, ServedAdapter
 from quantize.stages.base import StageContext
 
 SERVED_NAME = "model"
+BASE_NAME = "base"
+"""What the server calls a base whose adapter has the served name; nobody asks it."""
+
 TASK_TOKENS = 2048
 """A long task request: 25 worked examples, or a question and its chain of thought."""
 
@@ -46,16 +50,18 @@ class Running:
 def serve(context: StageContext, scope: Scope) -> Iterator[Running]:
     """Serve the stage's model until the block is left; failures inside blame a dead server."""
     backend = SERVERS[context.recipe.serve.engine]
+    adapter = _adapter(context, scope)
     texts = [text for text in (scope.perplexity, scope.own_text) if text is not None]
     launch = Launch(
         python=context.runner.python(backend.ENVIRONMENT),
         model=model_folder(context.inputs["model"]),
-        served_name=SERVED_NAME,
+        served_name=BASE_NAME if adapter is not None else SERVED_NAME,
         port=_free_port(),
         accelerator=context.resolved.accelerator,
         serve=context.recipe.serve,
         max_logprobs=max((text.top_k for text in texts), default=1),
-        tokenizer=model_folder(context.inputs["fetch"]) if scope.foreign_tokenizer else None,
+        tokenizer=_tokenizer(context, scope),
+        adapter=adapter,
     )
     label = f"{context.entry.id}-server"
     command, variables = backend.command(launch), backend.variables(launch)
@@ -73,6 +79,25 @@ def serve(context: StageContext, scope: Scope) -> Iterator[Running]:
                 yield Running(client, process, launch.port, launch, seconds, many, tokens)
         finally:
             client.close()
+
+
+def _adapter(context: StageContext, scope: Scope) -> ServedAdapter | None:
+    """An adapter that is kept apart, for every measurement but that of the model it began from."""
+    artifact = context.inputs.get("adapter")
+    if artifact is None or scope.foreign_tokenizer:
+        return None
+    said = artifact.json("adapter.json")
+    folder, targets = adapter_folder(artifact), tuple(said["targets"])
+    return ServedAdapter(SERVED_NAME, folder, int(said["rank"]), targets)
+
+
+def _tokenizer(context: StageContext, scope: Scope) -> Path | None:
+    """The fine-tune's tokenizer, where the served folder's own is another."""
+    artifact = context.inputs.get("adapter")
+    brought = tokenizer_folder(artifact) if artifact is not None else None
+    if brought is None and scope.foreign_tokenizer:
+        return model_folder(context.inputs["fetch"])
+    return brought
 
 
 def longest_request(scope: Scope, max_model_len: int) -> int:
@@ -96,8 +121,10 @@ def concurrency(max_num_seqs: int, kv_cache_tokens: int | None, longest: int) ->
 
 def describe(context: StageContext, running: Running) -> Server:
     """The server as it answered; paths and the port stand as placeholders."""
+    adapter = running.launch.adapter
     hidden = {
         str(running.launch.tokenizer): "TOKENIZER",
+        f"{SERVED_NAME}={adapter and adapter.folder}": f"{SERVED_NAME}=ADAPTER",
         str(running.launch.python): "python",
         str(running.launch.model): "MODEL",
         str(running.port): "PORT",

@@ -145,7 +145,7 @@ def _answers(context: StageContext, scope: Scope, running: Running) -> dict[str,
         running.client,
         health.read_prompts(context.resolved.paths["health"], scope.health_prompts),
         scope.suite.health.max_tokens,
-        special_tokens(running.launch.model),
+        special_tokens(running.tokenizer),
         context.work / "health.jsonl",
         running.concurrency,
         lambda done, of: step("generation health", done, of, "prompts"),
@@ -155,7 +155,7 @@ def _answers(context: StageContext, scope: Scope, running: Running) -> dict[str,
 
 def _smoke(context: StageContext, running: Running) -> Any:
     prompts = load_prompts(context.resolved.paths["prompts"])
-    special = special_tokens(running.launch.model)
+    special = special_tokens(running.tokenizer)
     step = context.runner.progress.step
     return smoke.measure(
         running.client, prompts, special, lambda done, of: step("smoke prompts", done, of)
@@ -231,7 +231,7 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
         | {
             "port": running.port,
             "model": SERVED_NAME,
-            "tokenizer": str(running.launch.model),
+            "tokenizer": str(running.tokenizer),
             "seed": 0,
         },
         work=context.work,

@@ -9,16 +9,15 @@ from typing import Any
 import yaml
 
 from quantize.errors import SourceError
-from quantize.report.card_metadata import eval_results, front_matter_values
-from quantize.report.card_plots import alt_text
-from quantize.report.card_serving import (
-    memory,
-    parallel_sizes,
+from quantize.report.card_commands import (
     sglang_caution,
     sglang_command,
     transformers_code,
     vllm_command,
 )
+from quantize.report.card_metadata import eval_results, front_matter_values
+from quantize.report.card_plots import alt_text
+from quantize.report.card_serving import memory, parallel_sizes
 from quantize.report.card_template import card_template
 from quantize.report.markdown import Safe, clip
 from quantize.report.redact import redact

@@ -10,6 +10,16 @@ from quantize.recipe import Serve
 
 
 @dataclass(frozen=True)
+class ServedAdapter:
+    """A LoRA adapter that requests name instead of its base."""
+
+    name: str
+    folder: Path
+    rank: int  # the largest of its modules
+    targets: tuple[str, ...]  # last parts of its modules' names: q_proj, ...
+
+
+@dataclass(frozen=True)
 class Launch:
     """One server process to be started on the loopback interface."""
 
@@ -20,7 +30,8 @@ class Launch:
     accelerator: str  # cpu or cuda
     serve: Serve
     max_logprobs: int
-    tokenizer: Path | None = None  # another checkpoint's folder; the model's own if absent
+    tokenizer: Path | None = None  # another folder's; the model's own if absent
+    adapter: ServedAdapter | None = None
 
 
 class Server(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from quantize.servers.base import Launch
+from quantize.servers.vllm_lora import adapter_options
 
 NAME = "vllm"
 ENVIRONMENT = "vllm"
@@ -35,6 +36,10 @@ KNOWN_FAILURES = (
     ),
     (r"Free memory on device", "another process holds the GPU: end it, or lower the utilization"),
     (
+        r"does not support LoRA",
+        "vLLM serves no adapter on this architecture: use adapter_mode: merge",
+    ),
+    (
         r"[Aa]ddress already in use",
         "another program has taken the port: run the same command again",
     ),
@@ -56,6 +61,10 @@ def command(launch: Launch) -> list[str]:
     arguments += ["--generation-config", "vllm"]
     if launch.tokenizer is not None:
         arguments += ["--tokenizer", str(launch.tokenizer)]
+    if launch.adapter is not None:
+        served = launch.adapter
+        for option in adapter_options(served.name, str(served.folder), served.rank, served.targets):
+            arguments += option
     if serve.max_model_len is not None:
         arguments += ["--max-model-len", str(serve.max_model_len)]
     caching = "--enable-prefix-caching"

@@ -1,6 +1,7 @@
 """Audit: is the artifact the source, quantized as the recipe says, and nothing else?
 
-Inputs: `fetch` (the source) and `compress` (the artifact). Writes `audit.json`::
+Inputs: `fetch` (the source) and `compress` (the artifact); `adapter`, where one is kept apart,
+which must be what was fetched and fit the artifact. Writes `audit.json`::
 
     {"checks": [{"name", "passed", "detail"}], "quantized_modules": int, "kept_modules": [str],
      "bytes": {"source": int, "artifact": int, "expected": int},  # tensors, without headers
@@ -17,16 +18,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize.adapter import adapter_folder
+from quantize.adapter_checks import check_adapter
 from quantize.artifact_checks import Check, check_tensors
 from quantize.checkpoint import Checkpoint, chat_template, model_folder, read_checkpoint
 from quantize.config_checks import check_model_config, check_quantization_config
 from quantize.errors import SourceError, ToolError
 from quantize.formats import module_formats
+from quantize.keys import file_sha256
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json
 from quantize.recipe import Quantize, Recipe
 from quantize.source_checks import tensor_parallel_faults
 from quantize.stages.base import Resolved, StageContext
+from quantize.store import Artifact
 
 VERSION = 3
 
@@ -88,6 +93,9 @@ def run(context: StageContext) -> None:
     total = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
     audit = audit_folder(source, artifact, context.recipe.quantize, report)
     audit["tensor_parallel"] = tensor_parallel(source, context.recipe)
+    if "adapter" in context.inputs:
+        check = check_kept_adapter(context.inputs["adapter"], read_checkpoint(source))
+        audit["checks"].append(asdict(check))
     failed = [check for check in audit["checks"] if not check["passed"]]
     if failed:
         write_json(context.work / "audit.json", audit)
@@ -152,6 +160,20 @@ def tensor_parallel(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         str(size): tensor_parallel_faults(checkpoint, recipe.quantize, size)[:SHOWN_FAULTS]
         for size in sizes
     }
+
+
+def check_kept_adapter(artifact: Artifact, source: Checkpoint) -> Check:
+    """The adapter's files are those that were fetched, and fit the model they are served with."""
+    folder = adapter_folder(artifact)
+    listed = {entry["name"]: entry["sha256"] for entry in artifact.json("adapter.json")["files"]}
+    found = {path.name: file_sha256(path) for path in folder.iterdir()}
+    faults = [
+        f"{name} differs"
+        for name in sorted({*listed, *found})
+        if listed.get(name) != found.get(name)
+    ]
+    faults += [finding.message for finding in check_adapter(folder, "separate", source)]
+    return Check("adapter", not faults, "; ".join(faults) or f"{len(listed)} files as fetched")
 
 
 def check_files(source: Checkpoint, artifact: Checkpoint) -> list[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantize.adapter import tokenizer_folder
 from quantize.checkpoint import model_folder
 from quantize.process import hub_token
 from quantize.stages.base import Resolved, StageContext
@@ -34,11 +35,14 @@ def run(context: StageContext) -> None:
     calibration = context.recipe.calibration
     assert calibration is not None
     path = context.resolved.paths.get("calibration")
+    tokenizer = model_folder(context.inputs["fetch"])
+    if "adapter" in context.inputs:  # rows look as they did in the fine-tune's training
+        tokenizer = tokenizer_folder(context.inputs["adapter"]) or tokenizer
     body = calibration.model_dump(mode="json") | {
         "source": str(path) if path else calibration.source,
         "hub": path is None,
         "revision": context.resolved.commit("calibration"),
-        "model": str(model_folder(context.inputs["fetch"])),
+        "model": str(tokenizer),
         "output": str(context.files),
     }
     context.runner.worker(

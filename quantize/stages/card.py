@@ -7,6 +7,7 @@ Writes `record.json`::
      "target": "owner/name" if the recipe publishes to the Hub,
      "source_name", "adapter_name"?, "fine_tuned_from"?, "base_models": [Hub ids],
      "source": source.json without its folder,
+     "adapter"?: adapter.json, where the adapter is kept apart,
      "size": {"baseline_bytes", "candidate_bytes", "parameters"},   # safetensors files
      "plots": [names of the pictures in `plots/`], "card_template"?: sha256 of `card.md.j2`,
      "calibration"?: calibrate.json + "data_digest" and "tokens_sha256",
@@ -120,11 +121,12 @@ def build_record(context: StageContext) -> dict[str, Any]:
     """The card's record, without local paths or tokens."""
     inputs, recipe = context.inputs, context.recipe
     source: dict[str, Any] = inputs["fetch"].json("source.json")
+    apart = inputs["adapter"].json("adapter.json") if "adapter" in inputs else None
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "quantize": __version__,
         "recipe": recipe_values(recipe),
-        **_names(recipe, source),
+        **_names(recipe, source, apart),
         "source": {key: value for key, value in source.items() if key != "folder"},
         "size": _size(context, source),
         "compress": inputs["compress"].json("compress.json"),
@@ -136,6 +138,8 @@ def build_record(context: StageContext) -> dict[str, Any]:
     target = _target(recipe)
     if target is not None:
         record["target"] = target
+    if apart is not None:
+        record["adapter"] = apart | {"source": record["adapter_name"]}
     if "calibrate" in inputs:
         record["calibration"] = _calibration(context)
     for role in MEASURED:
@@ -151,7 +155,7 @@ def _target(recipe: Recipe) -> str | None:
     return recipe.publish.hub.repo if recipe.publish.hub else None
 
 
-def _names(recipe: Recipe, source: dict[str, Any]) -> dict[str, Any]:
+def _names(recipe: Recipe, source: dict[str, Any], apart: dict[str, Any] | None) -> dict[str, Any]:
     """What the model's ancestors are called; a local folder has a base name and no Hub id."""
     model = recipe.model
     hub_ids: list[str] = [source["repo"]] if "repo" in source else []
@@ -159,7 +163,9 @@ def _names(recipe: Recipe, source: dict[str, Any]) -> dict[str, Any]:
         "source_name": source.get("repo") or base_name(model.source) or "a local folder"
     }
     complete = bool(hub_ids)
-    if "adapter" in source:
+    if apart is not None:  # the published weights are the source's alone
+        found["adapter_name"] = apart["source"] if "commit" in apart else base_name(apart["source"])
+    elif "adapter" in source:
         adapter = source["adapter"]
         on_hub = "commit" in adapter
         found["adapter_name"] = adapter["source"] if on_hub else base_name(adapter["source"])

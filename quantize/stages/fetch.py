@@ -3,11 +3,13 @@
 As stage `fetch-base` the model that was fine-tuned, for retention: as it is, without an adapter.
 
 A local folder is referenced in place, a Hub repository is downloaded into `model/`, and a base
-with a LoRA adapter is merged in BF16 into `model/`. Writes `source.json`::
+with a LoRA adapter is merged in BF16 into `model/`, unless the recipe keeps the adapter apart.
+Writes `source.json`::
 
     {"kind": "folder" | "hub" | "merged", "folder": absolute path or "model",
      "repo", "commit",                    # Hub only
-     "adapter": {"source", "commit"},     # merged only; commit on the Hub only
+     "adapter": {"source", "commit", "merged_modules"},  # merged only; commit on the Hub only
+     "merge_check": {...},                # merged only, see quantize/workers/merge_check.py
      "files": [{"name", "bytes", "sha256"}],
      "parameters": int, "weight_bytes": int, "architecture": str, "tied_embeddings": bool,
      "license", "languages", "base_model",  # as the source's card says, where it does
@@ -26,6 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize.adapter import read_adapter
+from quantize.adapter_checks import check_adapter, notice
 from quantize.capacity import attention
 from quantize.checkpoint import (
     Checkpoint,
@@ -46,7 +50,7 @@ from quantize.model_files import (
     checkpoint_files,
 )
 from quantize.protocol import write_json
-from quantize.source_checks import check_adapter, check_checkpoint
+from quantize.source_checks import check_checkpoint
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, FileEntry
 
@@ -74,7 +78,7 @@ TAKEN_FROM_ADAPTER = (*TOKENIZER_FILES, "generation_config.json")
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
     """Merging needs peft, which comes with llm-compressor."""
-    merges = entry_id != BASE and resolved.recipe.model.adapter is not None
+    merges = entry_id != BASE and resolved.recipe.model.merges
     return ("llmcompressor",) if merges else ()
 
 
@@ -83,12 +87,18 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     if entry_id == BASE:
         return {"base": resolved.digests["base"]}
     inputs: dict[str, Any] = {"model": resolved.digests["model"]}
-    if resolved.recipe.model.adapter is not None:
-        inputs["adapter"] = resolved.digests["adapter"]
-        folder = resolved.paths.get("adapter")
-        if folder is not None:  # a Hub adapter's commit covers these
-            names = [name for name in TAKEN_FROM_ADAPTER if (folder / name).is_file()]
-            inputs["adapter_tokenizer"] = tree_sha256(folder, names)
+    if resolved.recipe.model.merges:
+        inputs |= adapter_inputs(resolved)
+    return inputs
+
+
+def adapter_inputs(resolved: Resolved) -> dict[str, Any]:
+    """The contents of the adapter, and of the tokenizer files that lie beside it."""
+    inputs: dict[str, Any] = {"adapter": resolved.digests["adapter"]}
+    folder = resolved.paths.get("adapter")
+    if folder is not None:  # a Hub adapter's commit covers these
+        names = [name for name in TAKEN_FROM_ADAPTER if (folder / name).is_file()]
+        inputs["adapter_tokenizer"] = tree_sha256(folder, names)
     return inputs
 
 
@@ -116,10 +126,9 @@ def run(context: StageContext) -> None:
     raise_findings(examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe))
     entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
     _unchanged(context, name, folder, entries)
-    if context.recipe.model.adapter is not None and not is_base:
+    if context.recipe.model.merges and not is_base:
         card = card_metadata(folder)
-        adapter = _merge(context, folder)
-        source |= {"kind": "merged", "folder": "model", "adapter": adapter}
+        source |= {"kind": "merged", "folder": "model", **_merge(context, folder)}
         folder = context.files / "model"
         raise_findings(check_checkpoint(folder, context.recipe))
         entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
@@ -236,13 +245,8 @@ def _download(context: StageContext, name: str, folder: Path, patterns: Sequence
 
 
 def _merge(context: StageContext, base: Path) -> dict[str, Any]:
-    """Merge the adapter into `base`, in BF16, as `model/`; where the adapter came from."""
-    adapter: dict[str, Any] = {"source": context.recipe.model.adapter}
-    folder = context.resolved.paths.get("adapter")
-    if folder is None:
-        folder = _download(context, "adapter", context.work / "adapter", ADAPTER_FILES)
-        adapter["commit"] = context.resolved.digests["adapter"].rpartition("@")[2]
-    raise_findings(check_adapter(folder))
+    """Merge the adapter into `base`, in BF16, as `model/`; what `source.json` says of it."""
+    folder, adapter = bring_adapter(context, read_checkpoint(base))
     output = context.files / "model"
     own_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = folder if own_tokenizer else base
@@ -261,7 +265,26 @@ def _merge(context: StageContext, base: Path) -> dict[str, Any]:
     )
     context.versions.update(result["versions"])
     copy_beside_weights(base, folder, tokenizer, output)
-    return adapter | {"merged_modules": result["modules"]}
+    adapter |= {"merged_modules": result["modules"], "untied": result["untied"]}
+    return {"adapter": adapter, "merge_check": result["merge_check"]}
+
+
+def bring_adapter(context: StageContext, base: Checkpoint) -> tuple[Path, dict[str, Any]]:
+    """The adapter's folder, checked against its base, and where it came from."""
+    model = context.recipe.model
+    assert model.adapter is not None, "the planner asks for an adapter only where there is one"
+    said: dict[str, Any] = {"source": model.adapter}
+    folder = context.resolved.paths.get("adapter")
+    if folder is None:
+        folder = _download(context, "adapter", context.work / "adapter", ADAPTER_FILES)
+        said["commit"] = context.resolved.commit("adapter")
+    raise_findings(check_adapter(folder, model.adapter_mode or "merge", base))
+    adapter, _ = read_adapter(folder)
+    note = notice(adapter, model.source) if adapter is not None else None
+    if note is not None:
+        context.notes.append(note)
+        context.runner.progress.note(note)
+    return folder, said
 
 
 def copy_beside_weights(base: Path, adapter: Path, tokenizer: Path, output: Path) -> None:

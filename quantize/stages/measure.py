@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quantize.adapter import tokenizer_folder
 from quantize.checkpoint import EMBEDDING, model_folder, read_checkpoint
 from quantize.measure.scope import Scope, scope
 from quantize.model_files import read_json_object
@@ -95,6 +96,8 @@ def _cannot(context: StageContext) -> Missing | None:
         return Missing(what="everything that needs the server", why=reason) if reason else None
     if context.entry.id == "measure-base":
         base, fine_tune = (model_folder(context.inputs[role]) for role in ("model", "fetch"))
+        if "adapter" in context.inputs:
+            fine_tune = tokenizer_folder(context.inputs["adapter"]) or fine_tune
         rows, largest = embedding_rows(base), largest_token_id(fine_tune)
         if largest >= rows:
             return Missing(
@@ -132,8 +135,11 @@ def _subject(context: StageContext) -> Any:
     artifact = context.inputs["model"]
     fetched = artifact if artifact.manifest.kind == "fetch" else context.inputs["fetch"]
     weights = model_folder(artifact).glob("*.safetensors")
-    return {
+    subject = {
         "key": artifact.manifest.key,
         "bytes": sum(path.stat().st_size for path in weights),
         "parameters": fetched.json("source.json")["parameters"],
     }
+    if "adapter" in context.inputs and context.entry.id != "measure-base":
+        subject["adapter"] = context.inputs["adapter"].manifest.key
+    return subject

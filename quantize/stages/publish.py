@@ -2,7 +2,8 @@
 
 What is published: every file of the compress artifact's `model/`, the card as `README.md` with
 `.eval_results/`, and below `quantize/` the card's `record.json`, its `plots/` and `card.md.j2`, the
-`recipe.yaml` and `manifest.json`, which lists all the others. Nothing names a path of this machine.
+`recipe.yaml` and `manifest.json`, which lists all the others. An adapter that is kept apart lies
+below `adapter/`. Nothing names a path of this machine.
 
 Writes `receipt.json`::
 
@@ -135,6 +136,11 @@ def collect(context: StageContext) -> Files:
         name = entry.name.removeprefix("model/")
         if name != entry.name and name != "README.md":  # the source's card is not this model's
             add(name, entry, compress.path / entry.name)
+    if "adapter" in context.inputs:
+        adapter = context.inputs["adapter"]
+        for entry in adapter.manifest.files:
+            if entry.name.startswith("adapter/"):
+                add(entry.name, entry, adapter.file(entry.name))
     for entry in card.manifest.files:
         add(published_name(entry.name), entry, card.file(entry.name))
     recipe = context.files / "recipe.yaml"

@@ -12,9 +12,7 @@ from checkpoints import (
     llama_config,
     llama_tensors,
     recipe,
-    safetensors_bytes,
     write_checkpoint,
-    write_json,
 )
 from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
 
@@ -29,9 +27,10 @@ from quantize.errors import (
 )
 from quantize.preflight import check_calibration, preflight
 from quantize.recipe import Recipe
-from quantize.source_checks import check_adapter, check_checkpoint, check_source, promised_bytes
+from quantize.source_checks import check_checkpoint, check_source, promised_bytes
 from quantize.stages.base import Resolved
 from quantize.suite import Load, PerplexityText, Suite
+from tests.unit.adapters import write_adapter
 
 ROWS = [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Some text."}]
 
@@ -299,32 +298,8 @@ def test_messages_need_a_template_unless_an_adapter_may_bring_it(tmp_path: Path)
     folder = write_checkpoint(tmp_path / "checkpoint", template=None)
     with pytest.raises(SourceError, match="no chat template"):
         preflight(resolved(tmp_path, recipe(), model=folder), tmp_path)
-    adapter = write_adapter(tmp_path / "adapter")
+    adapter = write_adapter(tmp_path / "adapter", read_checkpoint(folder))
     preflight(resolved(tmp_path, recipe(), model=folder, adapter=adapter), tmp_path)
-
-
-def write_adapter(folder: Path, **config: Any) -> Path:
-    folder.mkdir()
-    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4} | config)
-    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes({}))
-    return folder
-
-
-def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
-    def found(folder: Path) -> str:
-        return " ".join(finding.message for finding in check_adapter(folder))
-
-    assert found(write_adapter(tmp_path / "sound")) == ""
-    assert "no adapter_config.json" in found(tmp_path)
-    assert "of type IA3, not LORA" in found(write_adapter(tmp_path / "ia3", peft_type="IA3"))
-    pickled = write_adapter(tmp_path / "pickled")
-    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
-    assert "only pickled weights (adapter_model.bin)" in found(pickled)
-    (pickled / "adapter_model.bin").unlink()
-    assert "no adapter_model.safetensors" in found(pickled)
-    cut = write_adapter(tmp_path / "cut")
-    (cut / "adapter_model.safetensors").write_bytes(b"\x10")
-    assert "not a valid safetensors file" in found(cut)
 
 
 def test_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

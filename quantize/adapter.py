@@ -1,0 +1,173 @@
+"""A LoRA adapter (PEFT), read without loading weights: its config and the header of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import SourceError
+from quantize.findings import Finding
+from quantize.model_files import read_json_object
+from quantize.store import Artifact
+from quantize.tensors import TensorInfo, read_header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias"
+    r"|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(\.weight)?"
+    r"|token_adapter\.trainable_tokens_delta|(base_layer\.)?(weight|bias))"
+)
+_OUTER = re.compile(r"((language_)?model\.)+")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `adapter_config.json` says, and the adapter's tensors by module and part.
+
+    `modules` maps a module's name without the outer `model.` (as `bare`) to its tensors: `lora_A`
+    (rank, in), `lora_B` (out, rank), `lora_bias` (out), `embedding_A` (rank, rows), `embedding_B`
+    (width, rank), `magnitude` (DoRA), `tokens` (trained rows, width), and `weight` and `bias` that
+    replace the base's. `strange` are names of no such form.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, TensorInfo]]
+    strange: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        patterns = self.config.get("rank_pattern") or {}
+        return max(int(rank) for rank in (self.config["r"], *patterns.values()))
+
+    @property
+    def targets(self) -> list[str]:
+        """The last parts of its modules' names, sorted: down_proj, q_proj, ..."""
+        return sorted({name.rpartition(".")[2] for name in self.modules})
+
+    @property
+    def trained_on(self) -> str | None:
+        """What the adapter's config calls its base, if it does."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives a module: that of the first pattern it ends with, or r."""
+        for pattern, rank in (self.config.get("rank_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern.removeprefix('^')})", module):
+                return int(rank)
+        return int(self.config["r"])
+
+    def with_part(self, *parts: str) -> list[str]:
+        """Names of the modules that have one of these parts."""
+        return [name for name, found in self.modules.items() if set(parts) & set(found)]
+
+
+def bare(module: str) -> str:
+    """A module's name without the outer `model.` and `language_model.`, which libraries move."""
+    return _OUTER.sub("", module, count=1) if _OUTER.match(module) else module
+
+
+def read_adapter(folder: Path) -> tuple[Adapter | None, list[Finding]]:
+    """The adapter in `folder`, or None and everything that keeps it from being read."""
+    if not (folder / CONFIG).is_file():
+        return None, [_no_config(folder)]
+    findings: list[Finding] = []
+    config: dict[str, Any] = {}
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        config = read_json_object(folder / CONFIG)
+    except SourceError as error:
+        findings.append(Finding.of(error))
+    if (folder / WEIGHTS).is_file():
+        try:
+            tensors = read_header(folder / WEIGHTS)
+        except SourceError as error:
+            findings.append(Finding.of(error))
+    elif (folder / "adapter_model.bin").is_file():
+        findings.append(
+            Finding(
+                f"the adapter in {folder} holds only pickled weights (adapter_model.bin)",
+                "save it again with peft's save_pretrained, which writes safetensors",
+            )
+        )
+    else:
+        findings.append(Finding(f"no {WEIGHTS} in {folder}", "copy it there"))
+    kind = config.get("peft_type")
+    if config and kind != "LORA":
+        findings.append(
+            Finding(
+                f"the adapter in {folder} is of type {kind}, not LORA",
+                "merge it with the tool that trained it, and name the result in model.source",
+            )
+        )
+    elif config:
+        findings += _bad_ranks(folder, config)
+    if not findings and not tensors:
+        findings.append(Finding(f"{folder / WEIGHTS} holds no tensors", "save the adapter again"))
+    if findings:
+        return None, findings
+    modules, strange = _grouped(tensors)
+    return Adapter(folder, config, modules, strange), []
+
+
+def _no_config(folder: Path) -> Finding:
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    hint = "model.adapter must be a folder that peft's save_pretrained wrote"
+    if inside:
+        hint = f"it holds several adapters: name one of them, e.g. {folder.name}/{inside[0]}"
+    return Finding(f"no {CONFIG} in {folder}", hint)
+
+
+def _bad_ranks(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    bad = [rank for rank in ranks if type(rank) is not int or rank < 1]
+    if not bad:
+        return []
+    message = f"{folder / CONFIG} gives a rank of {bad[0]!r}, not a whole number above 0"
+    return [Finding(message, "correct r and rank_pattern")]
+
+
+def _grouped(
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[dict[str, dict[str, TensorInfo]], tuple[str, ...]]:
+    """Tensors by module and part, and the names of those that are neither."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    strange = []
+    for name, info in tensors.items():
+        found = _NAME.fullmatch(name)
+        if found is None:
+            strange.append(name)
+            continue
+        part = found["part"].removeprefix("base_layer.")
+        part = _PARTS.get(part, part)
+        modules.setdefault(bare(found["module"]), {})[part] = info
+    return modules, tuple(strange)
+
+
+_PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "tokens",
+}
+
+
+def adapter_folder(artifact: Artifact) -> Path:
+    """The adapter in a fetch-adapter artifact."""
+    return artifact.path / "adapter"
+
+
+def tokenizer_folder(artifact: Artifact) -> Path | None:
+    """Where its tokenizer is, if it brings one."""
+    return adapter_folder(artifact) if artifact.json("adapter.json")["tokenizer"] else None
