@@ -17,6 +17,9 @@ def main() -> None:
     parser.add_argument("--user", default="tester", help="the namespace of that token")
     parser.add_argument("--multipart-bytes", type=int, default=Limits.multipart_bytes)
     parser.add_argument(
+        "--xet", action="store_true", help="with Xet storage: set HF_HUB_DISABLE_XET=0 to use it"
+    )
+    parser.add_argument(
         "--faults", type=Path, help='JSON: [{"pattern": "POST .*/commit/", "drop": "after"}, ...]'
     )
     arguments = parser.parse_args()
@@ -24,6 +27,7 @@ def main() -> None:
         faults = load_plan(arguments.faults) if arguments.faults else ()
         limits = Limits(multipart_bytes=arguments.multipart_bytes)
         hub = Hub({arguments.token: Account(arguments.user)}, limits)
+        hub.xet = arguments.xet
         server = HubServer(hub, port=arguments.port, faults=faults)
     except PlanError as error:
         sys.exit(f"error: {error}")
