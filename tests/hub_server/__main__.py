@@ -12,7 +12,7 @@ from tests.hub_server import Account, Hub, HubServer, Limits, PlanError, load_pl
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.hub_server", description=__doc__)
-    parser.add_argument("--port", type=int, default=8088)
+    parser.add_argument("--port", type=port, default=8088)
     parser.add_argument("--token", default="hf_test", help="the one token that may write")
     parser.add_argument("--user", default="tester", help="the namespace of that token")
     parser.add_argument("--multipart-bytes", type=int, default=Limits.multipart_bytes)
@@ -39,6 +39,14 @@ def main() -> None:
         print(f"planned: {fault.pattern}")
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 for any that is free."""
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return number
 
 
 if __name__ == "__main__":
