@@ -78,9 +78,15 @@ SCENARIOS: dict[str, Scenario] = {
 class Bench:
     """A Hub, a driver of one major and the two versions, for many schedules one after another."""
 
-    def __init__(self, major: int, folder: Path, disable_xet: str | None = None) -> None:
-        """`disable_xet` is the variable HF_HUB_DISABLE_XET; hf_xet is installed in any case."""
+    def __init__(
+        self, major: int, folder: Path, disable_xet: str | None = None, *, xet: bool = False
+    ) -> None:
+        """`xet`: the Hub has Xet storage. `disable_xet` is the variable HF_HUB_DISABLE_XET.
+
+        hf_xet is installed in any case.
+        """
         self.major, self.folder, self.disable_xet = major, folder, disable_xet
+        self.xet = xet
         self.first = write_version(folder / "first", FIRST)
         self.second = write_version(folder / "second", SECOND)
         self.server = HubServer(Hub({TOKEN: Account("ann")}, LIMITS), keep_bodies=True)
@@ -152,6 +158,7 @@ class Bench:
         """The Hub as the scenario finds it."""
         if name not in self._starts:
             self.server.hub = Hub({TOKEN: Account("ann")}, replace(LIMITS))
+            self.server.hub.xet = self.xet
             assert self.server.hub.create_collection("Models", "ann").slug == COLLECTION
             if SCENARIOS[name].with_first:
                 run = self.push(self.first, SCENARIOS["new"])

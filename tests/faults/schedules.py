@@ -62,6 +62,11 @@ SIMPLE: dict[str, dict[str, object]] = {
 KINDS = ("kill-before", "kill-during", "kill-after", "late", *SIMPLE)
 
 
+def kinds_of(scenario: str) -> tuple[str, ...]:
+    """In a new repository files of others are a conflict until somebody removes them."""
+    return tuple(kind for kind in KINDS if (scenario, kind) != ("new", "moved"))
+
+
 def simple_fault(planned: Planned) -> Fault:
     """The fault of a kind that needs no process to kill."""
     return Fault(".", skip=planned.index, **SIMPLE[planned.kind])  # type: ignore[arg-type]
@@ -79,7 +84,7 @@ def applies(kind: str, request: Seen) -> bool:
 def systematic(scenario: str, happy: Sequence[Seen]) -> Iterator[Schedule]:
     """Every kind at every request of the run without faults, and the first after it."""
     for index, request in enumerate(happy):
-        for kind in KINDS:
+        for kind in kinds_of(scenario):
             if applies(kind, request):
                 yield Schedule(scenario, ((Planned(kind, index),),))
 
@@ -89,7 +94,8 @@ def drawn(scenario: str, requests: int, count: int, seed: int) -> Iterator[Sched
     draw = random.Random(f"{scenario} {seed}")
     for _ in range(count):
         first, second = (
-            Planned(draw.choice(KINDS), index) for index in sorted(draw.sample(range(requests), 2))
+            Planned(draw.choice(kinds_of(scenario)), index)
+            for index in sorted(draw.sample(range(requests), 2))
         )
         together = draw.random() < 0.5
         runs = ((first, second),) if together else ((first,), (second,))

@@ -1,24 +1,27 @@
-"""Xet and LFS, with hf_xet installed, on a Hub that has LFS alone.
+"""With hf_xet installed: Xet where the Hub has it and the user says so, LFS otherwise.
 
-What a Hub with Xet storage does is not tested: there is none to be had on this machine. Both majors
-ask it for a token (`xet-write-token`) and leave the rest to hf_xet; there is no way back to LFS
-in the client, so that the pipeline decides before: Xet on huggingface.co alone.
+In both majors there is no way back to LFS once hf_xet has been asked, so that the pipeline decides
+beforehand: Xet on huggingface.co, and where HF_HUB_DISABLE_XET=0 is set.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.faults.bench import SCENARIOS, Bench
 from tests.faults.clients import installed_major
+from tests.faults.schedules import Planned, Schedule
+from tests.faults.trial import run_schedule
 
 MAJORS = [
     pytest.param(major, marks=() if major == installed_major() else (pytest.mark.end_to_end,))
     for major in (1, 2)
 ]
 UPDATE = SCENARIOS["update"]
+ABOUT_XET = re.compile(r"/xet-write-token/|/_cas/v1/(xorbs|shards)|/commit/")
 
 
 @pytest.mark.parametrize("major", MAJORS)
@@ -33,10 +36,36 @@ def test_all_goes_by_lfs(major: int, disabled: str | None, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("major", MAJORS)
+def test_all_goes_by_xet(major: int, tmp_path: Path) -> None:
+    with Bench(major, tmp_path, "0", xet=True) as bench:
+        bench.begin("update")
+        run = bench.push(bench.second, UPDATE)
+        assert run.status == 0, run.result
+        repo = bench.repo()
+    assert not run.sent()
+    assert any("/_cas/v1/xorbs/" in seen.path for seen in run.requests)
+    assert repo is not None
+    assert bench.second.is_in(repo.tree("main"))
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("major", [1, 2])
+def test_killed_at_every_request_about_xet(major: int, tmp_path: Path) -> None:
+    with Bench(major, tmp_path, "0", xet=True) as bench:
+        bench.begin("update")
+        requests = bench.push(bench.second, UPDATE).requests
+        places = [i for i, seen in enumerate(requests) if ABOUT_XET.search(seen.path)]
+        assert len(places) >= 4
+        for index in places:
+            for kind in ("kill-before", "kill-after"):
+                run_schedule(bench, Schedule("update", ((Planned(kind, index),),)))
+
+
+@pytest.mark.parametrize("major", MAJORS)
 def test_xet_that_the_hub_does_not_have_is_said(major: int, tmp_path: Path) -> None:
-    with Bench(major, tmp_path / "with", "0") as asks_for_xet:
-        run = asks_for_xet.push(asks_for_xet.second, SCENARIOS["new"])
-        repo = asks_for_xet.repo()
+    with Bench(major, tmp_path, "0") as bench:
+        run = bench.push(bench.second, SCENARIOS["new"])
+        repo = bench.repo()
     assert any("/xet-write-token/" in seen.path for seen in run.requests)
     assert run.status == 2, run.result
     assert "no Xet storage" in run.result["text"]

@@ -6,8 +6,9 @@ In tests it runs in a thread (:class:`HubServer`); by hand::
     HF_ENDPOINT=http://127.0.0.1:8088 HF_TOKEN=hf_test quantize run ...
 
 State is in memory: :mod:`state`, :mod:`repos`, :mod:`accounts`, :mod:`cards`. The protocol is in
-:mod:`routes_repo`, :mod:`routes_upload`, :mod:`routes_read`, :mod:`routes_community`; what goes
-wrong in :mod:`faults`. It has no Xet storage, no spaces, and no rate limits but planned ones.
+:mod:`routes_repo`, :mod:`routes_upload`, :mod:`routes_read`, :mod:`routes_community`,
+:mod:`routes_xet` (formats in :mod:`xet`); what goes wrong in :mod:`faults`. It has no
+spaces, and no rate limits but planned ones.
 """
 
 from tests.hub_server.faults import Fault, Gate, PlanError, load_plan

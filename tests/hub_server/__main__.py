@@ -12,10 +12,13 @@ from tests.hub_server import Account, Hub, HubServer, Limits, PlanError, load_pl
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.hub_server", description=__doc__)
-    parser.add_argument("--port", type=int, default=8088)
+    parser.add_argument("--port", type=port, default=8088)
     parser.add_argument("--token", default="hf_test", help="the one token that may write")
     parser.add_argument("--user", default="tester", help="the namespace of that token")
     parser.add_argument("--multipart-bytes", type=int, default=Limits.multipart_bytes)
+    parser.add_argument(
+        "--xet", action="store_true", help="with Xet storage: set HF_HUB_DISABLE_XET=0 to use it"
+    )
     parser.add_argument(
         "--faults", type=Path, help='JSON: [{"pattern": "POST .*/commit/", "drop": "after"}, ...]'
     )
@@ -24,6 +27,7 @@ def main() -> None:
         faults = load_plan(arguments.faults) if arguments.faults else ()
         limits = Limits(multipart_bytes=arguments.multipart_bytes)
         hub = Hub({arguments.token: Account(arguments.user)}, limits)
+        hub.xet = arguments.xet
         server = HubServer(hub, port=arguments.port, faults=faults)
     except PlanError as error:
         sys.exit(f"error: {error}")
@@ -35,6 +39,14 @@ def main() -> None:
         print(f"planned: {fault.pattern}")
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 for any that is free."""
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return number
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_server import routes_community, routes_read, routes_repo, routes_upload
+from tests.hub_server import (
+    routes_community,
+    routes_read,
+    routes_repo,
+    routes_upload,
+    routes_xet,
+)
 from tests.hub_server.accounts import Refused
 from tests.hub_server.faults import (
     NONE,
@@ -31,6 +37,7 @@ ROUTES: list[tuple[str, str, Callable[[Asked], Answer]]] = [
     *routes_upload.ROUTES,
     *routes_community.ROUTES,
     *routes_read.ROUTES,
+    *routes_xet.ROUTES,
 ]
 
 
@@ -135,7 +142,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _routed(self, method: str, path: str, body: bytes) -> Answer:
         hub_server = self.server.hub_server
-        account = hub_server.hub.account(self.headers.get("Authorization"))
+        token = self.headers.get("Authorization")
+        account = None
+        if not path.startswith(routes_xet.WITHOUT_ACCOUNT):
+            account = hub_server.hub.account(token)
         for wanted, pattern, route in ROUTES:
             match = re.fullmatch(pattern, path)
             if wanted == method and match is not None:

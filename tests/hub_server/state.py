@@ -61,11 +61,17 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}  # by (type, id)
         self.collections: dict[str, Collection] = {}  # by slug
         self.limits = limits or Limits()
+        self.xet = False  # whether there is Xet storage; LFS is there in any case
+        self.xorbs: dict[str, bytes] = {}
         self.lock = threading.RLock()
 
     def copy(self) -> Hub:
-        """The same state again, to go back to it later."""
+        """The same state again, to go back to it later; what is in Xet storage never goes away.
+
+        hf_xet remembers on its side what it brought there.
+        """
         copy = Hub(self.accounts, self.limits)
+        copy.xet, copy.xorbs = self.xet, self.xorbs
         copy.repos = {key: repo.copy() for key, repo in self.repos.items()}
         copy.collections = {
             slug: Collection(one.slug, one.title, one.owner, one.private, list(one.items))

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lz4.frame
 import pytest
 from hub_fixture import ACCOUNTS, TOKEN, online
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers
 
-from tests.hub_server import Fault, Hub, HubServer, Limits, PlanError, load_plan
+from tests.hub_server import Fault, Hub, HubServer, Limits, PlanError, Refused, load_plan
 from tests.hub_server.cards import check_card
+from tests.hub_server.xet import chunks_of
 
 REPO = "ann/model"
 WEIGHTS = os.urandom(150_000)
@@ -325,3 +327,19 @@ model-index:
     assert check_card(good) == check_card("---\nlicense: mit\n---\n")
     assert check_card("# no metadata").warnings
     assert check_card("---\nlicense: other\n---\n").warnings
+
+
+def test_bytes_grouped_by_four_come_back_for_every_length() -> None:
+    for length in range(12):
+        content = bytes(range(length))
+        grouped = b"".join(content[offset::4] for offset in range(4))
+        xorb = lz4.frame.compress(grouped)
+        header = bytes([0, *len(xorb).to_bytes(3, "little"), 2, *length.to_bytes(3, "little")])
+        assert chunks_of(header + xorb) == [content]
+
+
+def test_a_chunk_that_is_damaged_is_refused() -> None:
+    with pytest.raises(Refused, match="another size"):
+        chunks_of(bytes([0, 2, 0, 0, 0, 3, 0, 0]) + b"ab")
+    with pytest.raises(Refused, match="cannot be decompressed"):
+        chunks_of(bytes([0, 2, 0, 0, 1, 3, 0, 0]) + b"ab")
