@@ -37,7 +37,7 @@ def preflight(
 
     SourceError before ResourceError before CredentialsError; see
     :func:`quantize.findings.raise_findings`. `store` need not exist yet. The Hub is asked whether
-    the token may write only when `online` and publishing to it.
+    the token may write, and a URL what it holds, only when `online` and publishing there.
     """
     recipe, paths = resolved.recipe, resolved.paths
     findings: list[Finding] = []
@@ -59,6 +59,8 @@ def preflight(
         findings += check_resources(checkpoint, recipe, store, to_run)
     if recipe.publish.hub is not None and "publish" in to_run:
         findings += check_token(recipe.publish.hub.repo, online=online)
+    if recipe.publish.url is not None and "publish" in to_run and online:
+        findings += check_place(recipe.publish.url)
     raise_findings(findings)
 
 
@@ -176,6 +178,19 @@ def check_token(repo: str, *, online: bool) -> list[Finding]:
             raise
         except QuantizeError as error:
             return [Finding.of(error)]
+    return []
+
+
+def check_place(url: str) -> list[Finding]:
+    """Whether a URL can be published to: backend, credentials, bucket, and whose files it holds."""
+    from quantize.url_target import check_url
+
+    try:
+        check_url(url)
+    except TransientError:
+        raise
+    except QuantizeError as error:
+        return [Finding.of(error)]
     return []
 
 
