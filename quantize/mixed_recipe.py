@@ -22,8 +22,8 @@ def mixed_recipe(
 ) -> str:
     """The recipe `text` with the schemes that were `found`, its comments kept where possible.
 
-    Its name, folder, repository and URL get the budget as a suffix: what the given recipe published is
-    not overwritten. `moved` are further changes: ``--set``, and paths that start elsewhere now.
+    Its name, folder, repository and URL get the budget as a suffix: what the given recipe published
+    is not overwritten. `moved` are further changes: ``--set``, and paths that start elsewhere now.
     """
     slug = found.budget.slug
     changes: dict[KeyPath, Any] = dict(moved)

@@ -138,10 +138,12 @@ def list_files(place: Place) -> dict[str, RemoteFile]:
 def read(place: Place, name: str, start: int | None = None, end: int | None = None) -> bytes:
     """The bytes of a file from `start` up to `end`."""
     path = place.path(name)
-    content: bytes = _call(
-        place, f"reading {place.url}/{name}", lambda: place.filesystem.cat_file(path, start, end)
-    )
-    return content
+
+    def get() -> bytes:
+        content: bytes = place.filesystem.cat_file(path, start=start, end=end)
+        return content
+
+    return _call(place, f"reading {place.url}/{name}", get)
 
 
 def sha256(place: Place, name: str, size: int) -> str:

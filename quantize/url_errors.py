@@ -70,8 +70,8 @@ def translate(url: str, what: str, error: Exception) -> QuantizeError:
             return CredentialsError(f"no permission while {what}: {said}", CREDENTIALS_HINT)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             return ResourceError(f"no space while {what}: {said}", "free some space there")
-        if isinstance(cause, FileNotFoundError):
-            return UsageError(f"not found while {what}: {said}", "correct publish.url")
+        if isinstance(cause, (FileNotFoundError, NotADirectoryError, FileExistsError)):
+            return UsageError(f"no such place while {what}: {said}", "correct publish.url")
         if names & OFTEN_PASSES:
             return TransientError(f"the connection failed while {what}: {said}", TRY_AGAIN)
     return ToolError(f"{type(error).__name__} while {what}: {said}", TRY_AGAIN)
