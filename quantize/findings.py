@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantize.errors import CredentialsError, QuantizeError, ResourceError, SourceError
+from quantize.errors import (
+    ConflictError,
+    CredentialsError,
+    QuantizeError,
+    ResourceError,
+    SourceError,
+    UsageError,
+)
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,13 @@ class Finding:
 def raise_findings(findings: Sequence[Finding]) -> None:
     """Raise one error that lists every finding with its remedy; without findings do nothing.
 
-    Its class is that of the lowest exit code among them (source, then resources, then
-    credentials): what is wrong with the input is put right before anyone buys a disk.
+    Its class is that of the lowest exit code among them (usage, source, resources, credentials,
+    conflict): what is wrong with the input is put right before anyone buys a disk.
     """
     if not findings:
         return
     classes = {finding.error for finding in findings}
-    order = (SourceError, ResourceError, CredentialsError)
+    order = (UsageError, SourceError, ResourceError, CredentialsError, ConflictError)
     error = next((cls for cls in order if cls in classes), findings[0].error)
     if len(findings) == 1:
         raise error(findings[0].message, findings[0].hint)

@@ -65,7 +65,7 @@ class RemoteFile:
             return False
         if self.sha256 is not None:
             return file_sha256(path) == self.sha256
-        return git_blob_id(path) == self.blob_id
+        return git_blob_id(path.read_bytes()) == self.blob_id
 
 
 def resolve_revision(
@@ -159,9 +159,10 @@ def download_snapshot(
     return entries
 
 
-def require_write(access: Access, repo: str) -> str:
+def require_write(access: Access, repo: str, *, pull_request: bool = False) -> str:
     """The user's name, when the token may write to `repo`'s namespace; else CredentialsError.
 
+    For a pull request it need not be able to write there, only to take part in discussions.
     Answers what the Hub says of a token beforehand (role, scopes, organisations). Rules that it
     does not tell, such as resource groups, are met at the push.
     """
@@ -172,17 +173,19 @@ def require_write(access: Access, repo: str) -> str:
     who: dict[str, Any] = call(access, "checking the token", api.whoami)
     namespace = repo.partition("/")[0]
     token = (who.get("auth") or {}).get("accessToken") or {}
+    fine_grained = token.get("role") == "fineGrained"
     if token.get("role") == "read":
         raise CredentialsError(f"the token may only read, not write to {repo}", login)
-    if token.get("role") == "fineGrained" and not _may_write(token.get("fineGrained"), repo):
+    needed = ("repo.write", "discussion.write") if pull_request else ("repo.write",)
+    if fine_grained and not _grants(token.get("fineGrained"), repo, needed):
         raise CredentialsError(
-            f"the fine-grained token has no write permission for {repo}",
+            f"the fine-grained token has no permission {' or '.join(needed)} for {repo}",
             f"give it write access to repositories of {namespace}, or to {repo}",
         )
     roles = {who["name"]: "admin"} | {
         org["name"]: org.get("roleInOrg") or "write" for org in who.get("orgs") or []
     }
-    if token.get("role") != "fineGrained" and roles.get(namespace, "read") == "read":
+    if not (fine_grained or pull_request) and roles.get(namespace, "read") == "read":
         raise CredentialsError(
             f"{who['name']} may not write to {namespace}: neither that user nor a writing member",
             f"publish to {who['name']}/{repo.partition('/')[2]}, or use another token",
@@ -190,19 +193,20 @@ def require_write(access: Access, repo: str) -> str:
     return str(who["name"])
 
 
-def _may_write(scopes: Any, repo: str) -> bool:
+def _grants(scopes: Any, repo: str, needed: Sequence[str]) -> bool:
+    """Whether a fine-grained token has one of the permissions, everywhere or for `repo`."""
     if not isinstance(scopes, dict) or "scoped" not in scopes:
         return True  # the Hub did not say: the push will
     names = {repo, repo.partition("/")[0]}
-    return any(
-        scope["entity"].get("name") in names and "repo.write" in scope["permissions"]
-        for scope in scopes["scoped"]
-    )
+    granted = set(scopes.get("global") or [])
+    for scope in scopes["scoped"]:
+        if scope["entity"].get("name") in names:
+            granted |= set(scope["permissions"])
+    return bool(granted & set(needed))
 
 
-def git_blob_id(path: Path) -> str:
+def git_blob_id(content: bytes) -> str:
     r"""The id git gives a file's content: sha1 of ``blob <size>\0`` and the bytes."""
-    content = path.read_bytes()
     header = b"blob %d\0" % len(content)
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
 

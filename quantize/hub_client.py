@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from quantize.errors import (
     CredentialsError,
+    Interrupted,
     QuantizeError,
     ResourceError,
     SourceError,
@@ -36,6 +37,13 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 TRY_AGAIN = "run the same command again"
 TIMEOUT_SECONDS = 300.0
 LONGEST_WAIT_SECONDS = 60.0
+
+FREE_STORAGE = (
+    "the account's storage on the Hub is used up or must be paid for: free some, or publish to "
+    "another account; then run the same command again"
+)
+NO_ROOM = re.compile(r"quota|storage (limit|patterns)|storage.*(exceed|reached|full)", re.I)
+"""What the Hub says, with 403 and others, when an account has no storage left."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,15 @@ def call(access: Access, what: str, action: Callable[[], T]) -> T:
             raise
         except Exception as error:
             problem = translate(access, what, error)
-            if delay is None or not isinstance(problem, TransientError):
+            if delay is None or not may_repeat(problem):
                 raise problem from error
             time.sleep(max(delay, retry_after_seconds(error)))
     raise AssertionError("unreachable")
+
+
+def may_repeat(problem: QuantizeError) -> bool:
+    """Whether it may pass by itself; a signal to stop does not."""
+    return isinstance(problem, TransientError) and not isinstance(problem, Interrupted)
 
 
 def translate(access: Access, what: str, error: Exception) -> QuantizeError:
@@ -103,6 +116,8 @@ def translate(access: Access, what: str, error: Exception) -> QuantizeError:
 
     transport = HfHubHTTPError.__bases__[0]  # HTTPError of httpx (1.x) or httpx2 (2.x)
     for cause in _causes(error):
+        if isinstance(cause, QuantizeError):  # a signal's, which the client's threads wrapped
+            return cause
         if isinstance(cause, HfHubHTTPError):
             return _from_answer(access, what, cause)
         if isinstance(cause, OfflineModeIsEnabled):
@@ -119,6 +134,11 @@ def translate(access: Access, what: str, error: Exception) -> QuantizeError:
             return UsageError(f"{what}: {clean(access, cause)}", "correct the repository's name")
         if isinstance(cause, ValueError) and "Invalid metadata in README.md" in str(cause):
             return SourceError(f"the Hub rejects the card: {clean(access, cause)}")
+        if isinstance(cause, ValueError) and "LFS batch API returned errors" in str(cause):
+            message = f"{access.host} refused a file while {what}: {clean(access, cause)}"
+            if NO_ROOM.search(str(cause)):
+                return ResourceError(message, FREE_STORAGE)
+            return ToolError(message, TRY_AGAIN)
     reason = f"{type(error).__name__}: {clean(access, error)}"
     if isinstance(error, OSError) and error.errno is None:  # sizes that differ after a download
         return TransientError(f"{access.host} failed while {what}: {reason}", TRY_AGAIN)
@@ -139,15 +159,21 @@ def _from_answer(access: Access, what: str, error: Any) -> QuantizeError:
     message = f"{access.host} answered {status} while {what}" + (f": {said}" if said else "")
     if isinstance(error, GatedRepoError):
         return CredentialsError(message, "accept its terms on its page, and set HF_TOKEN")
+    if status == 401 and access.token is not None:
+        return CredentialsError(
+            f"{message} (the token is wrong, expired or revoked)",
+            "set HF_TOKEN, or run `hf auth login`, with a new token; then run the same command "
+            "again: nothing that was finished is repeated",
+        )
     if isinstance(error, RepositoryNotFoundError):
         hint = "check the name; a private repository needs an HF_TOKEN that may read it"
         return SourceError(f"{message} (no such repository, or a private one)", hint)
     if isinstance(error, (RevisionNotFoundError, EntryNotFoundError)) or status == 404:
         return SourceError(f"{message} (no such revision or file)", "check the name")
+    if status in (402, 413, 507) or (status in (400, 403, 422) and NO_ROOM.search(said)):
+        return ResourceError(message, FREE_STORAGE)
     if status in (401, 403):
         return CredentialsError(message, "set HF_TOKEN to a token with the permission for this")
-    if status == 402 or status == 507:
-        return ResourceError(message, "the account's storage is used up or must be paid for")
     if status in (408, 409, 412, 425, 429) or status >= 500:
         return TransientError(message, TRY_AGAIN)
     return ToolError(message, TRY_AGAIN)

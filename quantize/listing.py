@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from quantize.errors import ConflictError, SourceError
+from quantize.errors import ConflictError, SourceError, ToolError
 from quantize.keys import file_sha256
 from quantize.protocol import write_json
 from quantize.store import FileEntry
 
 LISTING = "quantize/manifest.json"
 SCHEMA = "quantize.published/1"
+
+DOT_FOLDERS = frozenset({".eval_results"})
+"""The only names with a leading dot that are published."""
 
 
 def write_listing(path: Path, files: Sequence[FileEntry]) -> FileEntry:
@@ -59,3 +62,14 @@ def not_as_made(path: Path, what: str) -> SourceError:
         "run the same command again: a damaged artifact is made anew; "
         "`quantize store verify` finds all of them",
     )
+
+
+def refuse_hidden(name: str) -> None:
+    """ToolError for a name with a part that begins with a dot, and for one that leaves the root."""
+    first, *rest = name.split("/")
+    hidden = first.startswith(".") and first not in DOT_FOLDERS
+    if hidden or any(part.startswith(".") for part in rest) or "" in (first, *rest):
+        raise ToolError(
+            f"{name} would be published, but hidden files never are",
+            "this is a bug of the stage that made it: please report it",
+        )

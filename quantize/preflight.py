@@ -14,10 +14,10 @@ from pathlib import Path
 
 from quantize.checkpoint import LAYER, Checkpoint, examine
 from quantize.engine.support import why_not
-from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
+from quantize.errors import CredentialsError, ResourceError
 from quantize.findings import Finding, raise_findings
 from quantize.machine import memory_bytes
-from quantize.recipe import Recipe
+from quantize.recipe import Hub, Recipe
 from quantize.source_checks import check_adapter, check_source, promised_bytes
 from quantize.stages.base import Resolved
 
@@ -35,9 +35,9 @@ def preflight(
 ) -> None:
     """Raise one error with every finding; `to_run` names the kinds of stages that are not done.
 
-    SourceError before ResourceError before CredentialsError; see
-    :func:`quantize.findings.raise_findings`. `store` need not exist yet. The Hub is asked whether
-    the token may write, and a URL what it holds, only when `online` and publishing there.
+    SourceError before ResourceError before CredentialsError before ConflictError; see
+    :func:`quantize.findings.raise_findings`. `store` need not exist yet. The Hub is asked about
+    token and target, and a URL what it holds, only when `online` and publishing there.
     """
     recipe, paths = resolved.recipe, resolved.paths
     findings: list[Finding] = []
@@ -58,7 +58,7 @@ def preflight(
     if checkpoint is not None and {"fetch", "compress"} & set(to_run):
         findings += check_resources(checkpoint, recipe, store, to_run)
     if recipe.publish.hub is not None and "publish" in to_run:
-        findings += check_token(recipe.publish.hub.repo, online=online)
+        findings += check_hub_target(resolved, recipe.publish.hub, online=online)
     if recipe.publish.url is not None and "publish" in to_run and online:
         findings += check_place(recipe.publish.url)
     raise_findings(findings)
@@ -162,23 +162,21 @@ def _held_at_once(
     return (pair, "a pair of layers") if pair > outside else (outside, "its embedding")
 
 
-def check_token(repo: str, *, online: bool) -> list[Finding]:
-    """Whether there is a token for the Hub, and whether the Hub says that it may write."""
-    from quantize import hub  # imports an HTTP client: only recipes that publish pay for it
+def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Finding]:
+    """Whether there is a token for the Hub, and whether the Hub says that the target fits."""
+    from quantize.hub import access_from_environment  # only recipes that publish pay for it
 
-    access = hub.access_from_environment()
+    access = access_from_environment()
     if access.token is None:
-        message = f"publish.hub names {repo}, but there is no token"
+        message = f"publish.hub names {hub.repo}, but there is no token"
         hint = "set HF_TOKEN, or run `hf auth login`, with a token that may write"
         return [Finding(message, hint, CredentialsError)]
-    if online:
-        try:
-            hub.require_write(access, repo)
-        except TransientError:
-            raise
-        except QuantizeError as error:
-            return [Finding.of(error)]
-    return []
+    if not online:
+        return []
+    from quantize.hub_preflight import check_hub
+    from quantize.stages.publish import recipe_as_published
+
+    return check_hub(access, resolved, hub, lambda: recipe_as_published(resolved))
 
 
 def check_place(url: str) -> list[Finding]:

@@ -89,6 +89,38 @@ ModulePattern = Annotated[str, AfterValidator(_compiles)]
 """A module's full name, or 're:' and a pattern that matches from the start of the full name."""
 
 
+def _repo_name(name: str) -> str:
+    """By the Hub's own rules, with its words."""
+    from huggingface_hub.errors import HFValidationError  # only recipes with a hub block pay for it
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if name.count("/") != 1:
+        raise ValueError(f"{name!r} is not owner/name")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(str(error).removesuffix(".")) from error
+    return name
+
+
+def _ref_name(name: str) -> str:
+    """What git (check-ref-format) and the Hub take for the name of a branch or a tag."""
+    if NO_REF.search(name) or name == "@":
+        raise ValueError(f"{name!r} cannot name a branch or a tag")
+    if name.startswith("refs/") or COMMIT.fullmatch(name):
+        raise ValueError(f"{name!r} would be taken for something else than a branch or a tag")
+    return name
+
+
+NO_REF = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(/|$)|^$|^.{201,}$"
+)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+RepoName = Annotated[str, AfterValidator(_repo_name)]
+RefName = Annotated[str, AfterValidator(_ref_name)]
+CollectionSlug = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+
+
 class Model(Block):
     """The fine-tuned checkpoint."""
 
@@ -277,9 +309,29 @@ class Serve(Block):
 class Hub(Block):
     """A repository on the Hub."""
 
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = Field(description="owner/name")
+    repo: RepoName = Field(description="owner/name")
     private: bool = Field(True, description="Visibility when the repository is created.")
-    branch: str = Field("main", description="The branch that receives the commit.")
+    allow_public: bool = Field(
+        False, description="A private or gated source may go to a repository that is open to more."
+    )
+    branch: RefName = Field("main", description="The branch that receives the commit.")
+    pull_request: bool = Field(
+        False, description="Open a pull request against main instead of committing to it."
+    )
+    tag: RefName | None = Field(None, description="A tag for the commit, e.g. v1.")
+    collection: CollectionSlug | None = Field(
+        None, description="The slug of a collection (owner/title-id) that gets the repository."
+    )
+
+    @model_validator(mode="after")
+    def _pull_request_fits(self) -> Hub:
+        if self.pull_request and self.branch != "main":
+            raise ValueError("a pull request goes to main: remove branch or pull_request")
+        if self.pull_request and self.tag is not None:
+            raise ValueError(
+                "a tag names what is on the branch, a pull request is not yet: remove one of them"
+            )
+        return self
 
 
 def _writable_url(url: str) -> str:

@@ -10,8 +10,9 @@ Writes `receipt.json`::
                  {"kind": "hub", "repo", "branch", "commit", "url", "files", "bytes", "changed"},
                  {"kind": "url", "url", "files", "bytes", "changed"}]}
 
-`changed` is False where the target held exactly these files already. Beside it lie `published.json`
-(the listing) and `recipe.yaml` as published.
+A Hub target has `pull_request` (its address), `tag` and `collection` where the recipe asks for
+them. `changed` is False where the target held exactly these files already. Beside it lie
+`published.json` (the listing) and `recipe.yaml` as published.
 """
 
 from __future__ import annotations
@@ -25,9 +26,17 @@ import yaml
 
 from quantize.folder_target import publish_folder
 from quantize.keys import digest, file_sha256
-from quantize.listing import LISTING, damage, parse_listing, write_listing
+from quantize.listing import (
+    LISTING,
+    damage,
+    not_as_made,
+    parse_listing,
+    refuse_hidden,
+    write_listing,
+)
 from quantize.protocol import write_atomic, write_json
-from quantize.report.redact import base_name
+from quantize.report.redact import base_name, redact
+from quantize.stages.card import recipe_values
 from quantize.store import VERIFY_ON_READ_BYTES, FileEntry
 
 if TYPE_CHECKING:
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
     from quantize.stages.base import Resolved, StageContext
     from quantize.store import Artifact
 
-VERSION = 1
+VERSION = 2
 
 RECIPE_HEAD = "# The recipe of this checkpoint; local inputs are given by their names alone.\n"
 LOCAL = {
@@ -123,6 +132,9 @@ def collect(context: StageContext) -> Files:
     paths: dict[str, Path] = {}
 
     def add(name: str, entry: FileEntry, path: Path) -> None:
+        refuse_hidden(name)
+        if path.is_symlink():
+            raise not_as_made(path, "is a symlink")
         entries.append(FileEntry(name, entry.bytes, entry.sha256))
         paths[name] = path
 
@@ -148,6 +160,12 @@ def recipe_text(resolved: Resolved, values: dict[str, Any]) -> str:
         if name in resolved.paths and key in values.get(block, {}):
             values[block][key] = base_name(values[block][key])
     return RECIPE_HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def recipe_as_published(resolved: Resolved) -> str:
+    """The text of `quantize/recipe.yaml`, before there is a card's record."""
+    values: dict[str, Any] = redact(recipe_values(resolved.recipe))
+    return recipe_text(resolved, values)
 
 
 def _entry(path: Path) -> FileEntry:
@@ -182,28 +200,34 @@ def _to_hub(context: StageContext, files: Files, hub: Hub) -> dict[str, Any]:
     import huggingface_hub
 
     from quantize.hub import access_from_environment, require_write
-    from quantize.hub_push import Target, push
+    from quantize.hub_preflight import target_of
+    from quantize.hub_push import push
 
     access = access_from_environment()
-    require_write(access, hub.repo)
+    require_write(access, hub.repo, pull_request=hub.pull_request)
     pushed = push(
         access,
-        Target(hub.repo, hub.branch, hub.private),
+        target_of(access, context.resolved, hub),
         files.entries,
         files.paths,
         f"Publish {context.recipe.name}",
         _progress(context, f"uploading to {hub.repo}"),
     )
     context.versions["huggingface_hub"] = huggingface_hub.__version__
+    for note in pushed.notes:
+        context.notes.append(note)
+        context.runner.progress.note(note)
+    asked = {"pull_request": pushed.pull_request, "tag": hub.tag, "collection": hub.collection}
     return {
         "kind": "hub",
         "repo": hub.repo,
         "branch": hub.branch,
         "commit": pushed.commit,
-        "url": pushed.url,
+        "url": pushed.pull_request or pushed.url,
         "files": len(files.entries),
         "bytes": files.bytes,
         "changed": pushed.changed,
+        **{key: value for key, value in asked.items() if value is not None},
     }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import sys
 from pathlib import Path
 
-from tests.hub_server import Account, Fault, Hub, HubServer
+from tests.hub_server import Account, Hub, HubServer, Limits, PlanError, load_plan
 
 
 def main() -> None:
@@ -15,15 +15,24 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8088)
     parser.add_argument("--token", default="hf_test", help="the one token that may write")
     parser.add_argument("--user", default="tester", help="the namespace of that token")
+    parser.add_argument("--multipart-bytes", type=int, default=Limits.multipart_bytes)
     parser.add_argument(
         "--faults", type=Path, help='JSON: [{"pattern": "POST .*/commit/", "drop": "after"}, ...]'
     )
     arguments = parser.parse_args()
-    plan = json.loads(arguments.faults.read_text()) if arguments.faults else []
-    faults = tuple(Fault(**fault) for fault in plan)
-    hub = Hub({arguments.token: Account(arguments.user)})
-    server = HubServer(hub, port=arguments.port, faults=faults)
-    print(f"HF_ENDPOINT={server.endpoint}", flush=True)
+    try:
+        faults = load_plan(arguments.faults) if arguments.faults else ()
+        limits = Limits(multipart_bytes=arguments.multipart_bytes)
+        hub = Hub({arguments.token: Account(arguments.user)}, limits)
+        server = HubServer(hub, port=arguments.port, faults=faults)
+    except PlanError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: port {arguments.port}: {error.strerror}; choose another with --port")
+    print(f"A Hub for {arguments.user}/..., in memory until Ctrl-C. In another terminal:\n")
+    print(f"export HF_ENDPOINT={server.endpoint} HF_TOKEN={arguments.token}", flush=True)
+    for fault in faults:
+        print(f"planned: {fault.pattern}")
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
 

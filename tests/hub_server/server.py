@@ -1,354 +1,187 @@
-"""The protocol over HTTP: routes, request log, planned faults."""
+"""The protocol over HTTP: one handler for all routes, the request log, the planned faults."""
 
 from __future__ import annotations
 
-import base64
-import json
+import contextlib
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_server.state import Account, File, Hub, Refused, Repo, front_matter
-
-REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-API = r"/api/(?P<type>models|datasets)/" + REPO
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the next `times` requests whose ``METHOD path`` matches `pattern`.
-
-    Either an answer with `status` (and `headers`), or the connection is closed: `drop="before"` the
-    request takes effect, or `drop="after"`. `before` is called first, e.g. to move a branch.
-    """
-
-    pattern: str
-    times: int = 1
-    status: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    drop: Literal["before", "after"] | None = None
-    before: Callable[[], object] | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A request that arrived."""
-
-    method: str
-    path: str
-    body_bytes: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What goes back."""
-
-    value: Any = None  # sent as JSON, unless `content` is given
-    content: bytes | None = None
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request, read completely."""
-
-    match: re.Match[str]
-    query: Mapping[str, list[str]]
-    headers: Mapping[str, str]
-    body: bytes
-    account: Account | None
-    server: HubServer
-
-    @property
-    def hub(self) -> Hub:
-        return self.server.hub
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    def part(self, name: str) -> str:
-        return unquote(self.match[name])
-
-    @property
-    def type(self) -> str:
-        return (self.match.groupdict().get("type") or "models").removesuffix("s")
-
-    def readable(self) -> Repo:
-        return self.hub.readable(self.type, self.part("repo"), self.account)
-
-    def writable(self) -> Repo:
-        return self.hub.writable(self.type, self.part("repo"), self.account)
-
-
-def whoami(asked: Asked) -> Answer:
-    if asked.account is None:
-        raise Refused(401, "Invalid username or password.")
-    return Answer(asked.account.whoami())
-
-
-def create_repo(asked: Asked) -> Answer:
-    body = asked.json()
-    if asked.account is None:
-        raise Refused(401, "Invalid username or password.")
-    repo_id = f"{body.get('organization') or asked.account.name}/{body['name']}"
-    if not asked.account.may_write(repo_id):
-        raise Refused(403, f"You don't have the rights to create a model under {repo_id}")
-    private = body.get("private") or body.get("visibility") == "private"
-    try:
-        asked.hub.create(body.get("type") or "model", repo_id, bool(private))
-        status = 200
-    except Refused as refused:
-        status = refused.status
-    url = f"{asked.server.endpoint}/{repo_id}"
-    return Answer({"url": url, "name": repo_id}, status=status)
-
-
-def repo_info(asked: Asked) -> Answer:
-    repo = asked.readable()
-    commit = repo.resolve(unquote(asked.match["revision"] or "main"))
-    return Answer(
-        {
-            "id": repo.id,
-            "modelId": repo.id,
-            "sha": commit,
-            "private": repo.private,
-            "tags": [],
-            "downloads": 0,
-            "likes": 0,
-            "cardData": repo.card(commit),
-            "siblings": [{"rfilename": name} for name in sorted(repo.tree(commit))],
-        }
-    )
-
-
-def refs(asked: Asked) -> Answer:
-    branches = [
-        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
-        for name, commit in asked.readable().branches.items()
-    ]
-    return Answer({"branches": branches, "converts": [], "tags": []})
-
-
-def create_branch(asked: Asked) -> Answer:
-    repo, branch = asked.writable(), asked.part("branch")
-    if branch in repo.branches:
-        raise Refused(409, f"Reference already exists: {branch}")
-    start = (asked.json() if asked.body else {}).get("startingPoint", "main")
-    repo.branches[branch] = repo.resolve(start)
-    return Answer({})
-
-
-def validate_yaml(asked: Asked) -> Answer:
-    try:
-        front_matter(asked.json()["content"])
-    except Refused as refused:
-        return Answer({"errors": [{"message": refused.message}], "warnings": []}, status=400)
-    return Answer({"errors": [], "warnings": []})
-
-
-def preupload(asked: Asked) -> Answer:
-    repo = asked.writable()
-    tree = repo.tree(asked.part("revision"))
-    files = []
-    for file in asked.json()["files"]:
-        mode = asked.hub.upload_mode(file["path"], file["size"], base64.b64decode(file["sample"]))
-        there = tree.get(file["path"])
-        entry = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
-        files.append(entry | ({"oid": there.etag} if there else {}))
-    return Answer({"files": files})
-
-
-def lfs_batch(asked: Asked) -> Answer:
-    repo = asked.writable()
-    objects = []
-    for item in asked.json()["objects"]:
-        entry = {"oid": item["oid"], "size": item["size"]}
-        if item["oid"] not in repo.objects:
-            base = f"{asked.server.endpoint}/_lfs/{repo.id}"
-            entry["actions"] = {
-                "upload": {"href": f"{base}/{item['oid']}?signature=secret"},
-                "verify": {"href": f"{base}/verify"},
-            }
-        objects.append(entry)
-    return Answer({"transfer": "basic", "objects": objects})
-
-
-def lfs_put(asked: Asked) -> Answer:
-    repo = asked.hub.repos["model", asked.part("repo")]
-    if asked.query.get("signature") != ["secret"]:
-        raise Refused(403, "SignatureDoesNotMatch")
-    file = File(asked.body, lfs=True)
-    if file.sha256 != asked.part("oid"):
-        raise Refused(400, "the bytes have another sha256 than their address")
-    repo.objects[file.sha256] = file.content
-    return Answer({})
-
-
-def lfs_verify(asked: Asked) -> Answer:
-    item = asked.json()
-    if len(asked.writable().objects.get(item["oid"], b"")) != item["size"]:
-        raise Refused(404, "object not found")
-    return Answer({})
-
-
-def commit(asked: Asked) -> Answer:
-    lines = [json.loads(line) for line in asked.body.splitlines()]
-    repo = asked.writable()
-    oid = asked.hub.apply(repo, asked.part("revision"), lines)
-    url = f"{asked.server.endpoint}/{repo.id}/commit/{oid}"
-    return Answer({"success": True, "commitOid": oid, "commitUrl": url})
-
-
-def describe(name: str, file: File) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": name, "oid": file.blob_id}
-    entry["size"] = len(file.content)
-    if file.lfs:
-        pointer = len(file.pointer)
-        entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": pointer}
-    return entry
-
-
-def tree(asked: Asked) -> Answer:
-    """A page of the tree; the `Link` header leads to the next, as the Hub's does."""
-    files = asked.readable().tree(asked.part("revision"))
-    if asked.query.get("recursive") not in (["true"], ["True"]):
-        raise Refused(400, "only recursive listings are supported here")
-    folders = sorted({name.rpartition("/")[0] for name in files} - {""})
-    entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
-    entries += [describe(name, files[name]) for name in sorted(files)]
-    start = int(asked.query.get("cursor", ["0"])[0])
-    end = start + asked.server.page_size
-    headers = {}
-    if end < len(entries):
-        path = urlsplit(asked.match.string).path
-        following = f"{asked.server.endpoint}{path}?recursive=true&cursor={end}"
-        headers["Link"] = f'<{following}>; rel="next"'
-    return Answer(entries[start:end], headers=headers)
-
-
-def paths_info(asked: Asked) -> Answer:
-    files = asked.readable().tree(asked.part("revision"))
-    body = asked.json() if asked.body.startswith(b"{") else parse_qs(asked.body.decode())
-    return Answer([describe(name, files[name]) for name in body["paths"] if name in files])
-
-
-def resolve(asked: Asked) -> Answer:
-    """A file's bytes, whole or from a `Range`; the client asks with HEAD first."""
-    repo = asked.readable()
-    oid = repo.resolve(asked.part("revision"))
-    file = repo.tree(oid).get(asked.part("path"))
-    if file is None:
-        raise Refused(404, "Entry not found", "EntryNotFound")
-    headers = {"ETag": f'"{file.etag}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
-    start = re.fullmatch(r"bytes=(\d+)-", asked.headers.get("Range") or "")
-    if start is None:
-        return Answer(content=file.content, headers=headers)
-    first, size = int(start[1]), len(file.content)
-    headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
-    return Answer(content=file.content[first:], status=206, headers=headers)
-
+from tests.hub_server import routes_community, routes_read, routes_repo, routes_upload
+from tests.hub_server.accounts import Refused
+from tests.hub_server.faults import (
+    NONE,
+    Fault,
+    Gate,
+    corrupt_answer,
+    corrupt_request,
+    pieces,
+)
+from tests.hub_server.messages import API, Answer, Asked, Seen
+from tests.hub_server.repos import File
+from tests.hub_server.state import Hub
 
 ROUTES: list[tuple[str, str, Callable[[Asked], Answer]]] = [
-    ("GET", r"/api/whoami-v2", whoami),
-    ("POST", r"/api/repos/create", create_repo),
-    ("POST", r"/api/validate-yaml", validate_yaml),
-    ("GET", API + r"(?:/revision/(?P<revision>[^/]+))?", repo_info),
-    ("GET", API + r"/refs", refs),
-    ("POST", API + r"/branch/(?P<branch>[^/]+)", create_branch),
-    ("POST", API + r"/preupload/(?P<revision>[^/]+)", preupload),
-    ("POST", API + r"/commit/(?P<revision>[^/]+)", commit),
-    ("GET", API + r"/tree/(?P<revision>[^/]+)", tree),
-    ("POST", API + r"/paths-info/(?P<revision>[^/]+)", paths_info),
-    ("POST", "/" + REPO + r"\.git/info/lfs/objects/batch", lfs_batch),
-    ("POST", r"/_lfs/" + REPO + r"/verify", lfs_verify),
-    ("PUT", r"/_lfs/" + REPO + r"/(?P<oid>[0-9a-f]{64})", lfs_put),
-    (
-        "GET",
-        r"/(?:(?P<type>datasets)/)?" + REPO + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
-        resolve,
-    ),
+    *routes_repo.ROUTES,
+    *routes_upload.ROUTES,
+    *routes_community.ROUTES,
+    *routes_read.ROUTES,
 ]
+
+
+class _Cut(Exception):
+    """The connection ends in the middle of the request's body; `received` bytes came."""
+
+    def __init__(self, received: int) -> None:
+        super().__init__(received)
+        self.received = received
 
 
 class Handler(BaseHTTPRequestHandler):
     """Reads a request, asks the fault plan, then the routes."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = 64 << 10
     server: _Server
 
     def do_GET(self) -> None:
-        self._handle("GET")
+        self._guarded("GET")
 
     def do_HEAD(self) -> None:
-        self._handle("GET")
+        self._guarded("GET")
 
     def do_POST(self) -> None:
-        self._handle("POST")
+        self._guarded("POST")
 
     def do_PUT(self) -> None:
-        self._handle("PUT")
+        self._guarded("PUT")
+
+    def do_DELETE(self) -> None:
+        self._guarded("DELETE")
 
     def log_message(self, format: str, *args: Any) -> None:
         """The request log is in `HubServer.seen`."""
 
+    def handle(self) -> None:
+        with (
+            self.server.hub_server.connected(),
+            contextlib.suppress(ConnectionError),  # the client was killed
+        ):
+            super().handle()
+
+    def finish(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().finish()
+
+    def _guarded(self, method: str) -> None:
+        try:
+            self._handle(method)
+        except ConnectionError:
+            self.close_connection = True
+
     def _handle(self, method: str) -> None:
         hub_server = self.server.hub_server
-        body = self._body()
         path = urlsplit(self.path).path
-        hub_server.note(Seen(self.command, path, len(body)))
         fault = hub_server.next_fault(f"{self.command} {path}")
-        if fault is not None and fault.before is not None:
-            fault.before()
-        if fault is not None and fault.drop == "before":
+        if fault.expire_token:
+            hub_server.expire(self.headers.get("Authorization"))
+        if fault.private_bytes is not None:
+            hub_server.limit_storage(path, fault.private_bytes)
+        try:
+            body = self._body(fault)
+        except _Cut as cut:
+            hub_server.note(self._seen(path, None, cut.received))
             return self._drop()
-        if fault is not None and fault.status is not None:
-            answer = Answer({"error": "planned"}, status=fault.status, headers=fault.headers)
+        hub_server.note(self._seen(path, body, len(body)))
+        if fault.corrupt == "request":
+            body = corrupt_request(body)
+        if fault.move_head:
+            hub_server.move_head(path)
+        if fault.before is not None:
+            fault.before()
+        if fault.drop == "before":
+            return self._drop()
+        if fault.status is not None:
+            headers = {"X-Error-Message": fault.message, **fault.headers}
+            answer = Answer({"error": fault.message}, status=fault.status, headers=headers)
         else:
             answer = self._answer(method, path, body)
-        if fault is not None and fault.drop == "after":
+        if fault.after is not None:
+            fault.after()
+        if fault.drop == "after":
             return self._drop()
-        return self._send(answer)
+        if fault.corrupt == "answer":
+            answer = corrupt_answer(answer)
+        return self._send(answer, fault)
 
     def _answer(self, method: str, path: str, body: bytes) -> Answer:
         hub_server = self.server.hub_server
-        try:
-            account = hub_server.hub.account(self.headers.get("Authorization"))
-            for wanted, pattern, route in ROUTES:
-                match = re.fullmatch(pattern, path)
-                if wanted == method and match is not None:
-                    query = parse_qs(urlsplit(self.path).query)
-                    headers = {key.title(): value for key, value in self.headers.items()}
-                    asked = Asked(match, query, headers, body, account, hub_server)
-                    with hub_server.hub.lock:
-                        return route(asked)
-            raise Refused(404, f"no route for {method} {path}")
-        except Refused as refused:
-            headers = {"X-Error-Message": refused.message.splitlines()[0]}
-            if refused.code:
-                headers["X-Error-Code"] = refused.code
-            return Answer({"error": refused.message}, status=refused.status, headers=headers)
+        with hub_server.hub.lock:
+            try:
+                return self._routed(method, path, body)
+            except Refused as refused:
+                headers = {"X-Error-Message": refused.message.splitlines()[0]}
+                if refused.code:
+                    headers["X-Error-Code"] = refused.code
+                return Answer({"error": refused.message}, status=refused.status, headers=headers)
+            finally:
+                hub_server.observe(f"{self.command} {path}")
 
-    def _body(self) -> bytes:
+    def _routed(self, method: str, path: str, body: bytes) -> Answer:
+        hub_server = self.server.hub_server
+        account = hub_server.hub.account(self.headers.get("Authorization"))
+        for wanted, pattern, route in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if wanted == method and match is not None:
+                query = parse_qs(urlsplit(self.path).query)
+                headers = {key.title(): value for key, value in self.headers.items()}
+                return route(Asked(match, query, headers, body, account, hub_server))
+        raise Refused(404, f"no route for {method} {path}")
+
+    def _body(self, fault: Fault) -> bytes:
+        """The whole body, at the fault's speed; `_Cut` at its half where the fault says so."""
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             parts = []
             while size := int(self.rfile.readline(), 16):
                 parts.append(self.rfile.read(size))
                 self.rfile.readline()
             self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = b"".join(parts)
+            if fault.during is not None:
+                fault.during()
+            if fault.cut == "request":
+                raise _Cut(len(body) // 2)
+            return body
+        size = int(self.headers.get("Content-Length") or 0)
+        first = self._read(size // 2, fault)
+        if fault.during is not None:
+            fault.during()
+        if fault.cut == "request":
+            raise _Cut(len(first))
+        return first + self._read(size - len(first), fault)
 
-    def _send(self, answer: Answer) -> None:
-        content = answer.content
-        if content is None:
-            content = json.dumps(answer.value).encode()
+    def _read(self, size: int, fault: Fault) -> bytes:
+        content = self.rfile.read(size)
+        if len(content) < size:
+            raise _Cut(len(content))
+        for _ in pieces(content, fault.bytes_per_second):
+            pass
+        return content
+
+    def _seen(self, path: str, body: bytes | None, received: int) -> Seen:
+        keeps = self.server.hub_server.keep_bodies
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        query = urlsplit(self.path).query
+        return Seen(self.command, path, received, query, headers, body if keeps else None)
+
+    def _send(self, answer: Answer, fault: Fault) -> None:
+        content = answer.payload()
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
@@ -356,8 +189,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        sent = content[: len(content) // 2] if fault.cut == "answer" else content
         if self.command != "HEAD":
-            self.wfile.write(content)
+            for piece in pieces(sent, fault.bytes_per_second):
+                self.wfile.write(piece)
+                self.wfile.flush()
+        self.wfile.flush()
+        if fault.cut == "answer":
+            self._drop()
 
     def _drop(self) -> None:
         self.close_connection = True
@@ -370,15 +209,27 @@ class _Server(ThreadingHTTPServer):
 
 
 class HubServer:
-    """A running server; a context manager. `seen` is every request, `faults` the plan."""
+    """A running server; a context manager. `seen` is every request, `faults` the plan.
+
+    `observers` are called with ``METHOD path`` after each request took its effect, while nothing
+    else can change the state.
+    """
 
     def __init__(
-        self, hub: Hub, *, port: int = 0, faults: tuple[Fault, ...] = (), page_size: int = 1000
+        self,
+        hub: Hub,
+        *,
+        port: int = 0,
+        faults: tuple[Fault, ...] = (),
+        page_size: int = 1000,
+        keep_bodies: bool = False,
     ) -> None:
-        self.hub, self.page_size = hub, page_size
+        self.hub, self.page_size, self.keep_bodies = hub, page_size, keep_bodies
         self.faults = list(faults)
         self.seen: list[Seen] = []
+        self.observers: list[Callable[[str], object]] = []
         self._lock = threading.Lock()
+        self._connections, self._settled = 0, threading.Condition(self._lock)
         self._server = _Server(("127.0.0.1", port), Handler)
         self._server.hub_server = self
         self._thread = threading.Thread(
@@ -389,17 +240,72 @@ class HubServer:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
+    @property
+    def cdn(self) -> str:
+        """The same server by a name that the client takes for another host."""
+        return f"http://localhost:{self._server.server_address[1]}"
+
     def note(self, seen: Seen) -> None:
         with self._lock:
             self.seen.append(seen)
 
-    def next_fault(self, request: str) -> Fault | None:
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
         with self._lock:
-            for fault in self.faults:
-                if fault.times > 0 and re.search(fault.pattern, request):
-                    fault.times -= 1
-                    return fault
-        return None
+            self._connections += 1
+        try:
+            yield
+        finally:
+            with self._settled:
+                self._connections -= 1
+                self._settled.notify_all()
+
+    def settle(self, seconds: float = 30) -> None:
+        """Wait until nobody is connected: all that clients sent before they ended took effect."""
+        with self._settled:
+            if not self._settled.wait_for(lambda: self._connections == 0, seconds):
+                raise TimeoutError(f"{self._connections} connections are still open")
+
+    def observe(self, request: str) -> None:
+        for observer in self.observers:
+            observer(request)
+
+    def next_fault(self, request: str) -> Fault:
+        with self._lock:
+            return next((fault for fault in self.faults if fault.matches(request)), NONE)
+
+    @contextlib.contextmanager
+    def gate(self, pattern: str, at: Literal["before", "after"] = "before") -> Iterator[Gate]:
+        """Hold the next such request around its effect; it goes on when the block ends."""
+        gate = Gate()
+        fault = Fault(pattern, before=gate) if at == "before" else Fault(pattern, after=gate)
+        self.faults.append(fault)
+        try:
+            yield gate
+        finally:
+            gate.open()
+
+    def expire(self, authorization: str | None) -> None:
+        if authorization is not None:
+            self.hub.expired.add(authorization.removeprefix("Bearer "))
+
+    def limit_storage(self, path: str, private_bytes: int) -> None:
+        namespace = path.removeprefix("/api/models").split("/")[1]
+        limits = self.hub.limits
+        limits.private_bytes = {**limits.private_bytes, namespace: private_bytes}
+
+    def move_head(self, path: str) -> None:
+        """A commit of somebody else's on the branch that a request names."""
+        with self.hub.lock:
+            match = re.match(API + r"/\w+/(?P<ref>[^/]+)", path)
+            if match is None:
+                return
+            repo = self.hub.repos.get(("model", match["repo"]))
+            ref = unquote(match["ref"])
+            if repo is not None:
+                ref = ref if ref in repo.branches or ref in repo.pull_heads else "main"
+                theirs = File(f"{len(repo.messages)}\n".encode(), lfs=False)
+                repo.commit(ref, {**repo.tree(ref), "theirs.txt": theirs}, "faster")
 
     def count(self, pattern: str) -> int:
         """Requests whose ``METHOD path`` matches."""

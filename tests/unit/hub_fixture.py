@@ -11,9 +11,11 @@ import pytest
 from huggingface_hub import constants
 
 from quantize.hub import Access
+from quantize.hub_push import Pushed, Target, push
 from quantize.listing import LISTING, write_listing
 from quantize.store import FileEntry
 from tests.hub_server import Account, Fault, Hub, HubServer
+from tests.hub_server.repos import Repo
 
 TOKEN = "hf_canaryTokenThatMustNotLeak"
 READ_TOKEN = "hf_read"
@@ -62,3 +64,41 @@ def write_files(
     entries.append(write_listing(listing, entries))
     paths[LISTING] = listing
     return entries, paths
+
+
+WEIGHTS = bytes(range(256)) * 400
+CARD = b"---\nlicense: apache-2.0\nlanguage:\n- en\nbase_model: acme/base\n---\n# A model\n"
+CONTENTS = {
+    "model-00001-of-00002.safetensors": WEIGHTS,
+    "model-00002-of-00002.safetensors": WEIGHTS[::-1],
+    "config.json": b'{"hidden_size": 64}\n',
+    "empty.txt": b"",
+    "README.md": CARD,
+}
+TARGET = Target("ann/tiny-awq")
+PATTERNS = ("*.safetensors", "*.json", "README.md")
+MESSAGE = "Publish tiny-awq"
+
+
+def publish(
+    server: HubServer,
+    folder: Path,
+    contents: Mapping[str, bytes] = CONTENTS,
+    target: Target = TARGET,
+    token: str | None = TOKEN,
+) -> Pushed:
+    entries, paths = write_files(folder, contents)
+    return push(access(server, token), target, entries, paths, MESSAGE)
+
+
+def repository(server: HubServer, target: Target = TARGET) -> Repo:
+    return server.hub.repos["model", target.repo]
+
+
+def remote(server: HubServer, target: Target = TARGET, ref: str = "main") -> dict[str, bytes]:
+    tree = repository(server, target).tree(ref)
+    return {name: file.content for name, file in tree.items() if name != ".gitattributes"}
+
+
+def messages(server: HubServer) -> list[str]:
+    return repository(server).messages

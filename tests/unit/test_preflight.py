@@ -20,7 +20,13 @@ from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
 
 from quantize import preflight as module
 from quantize.checkpoint import read_checkpoint
-from quantize.errors import CredentialsError, ResourceError, SourceError
+from quantize.errors import (
+    ConflictError,
+    CredentialsError,
+    ResourceError,
+    SourceError,
+    UsageError,
+)
 from quantize.preflight import check_calibration, preflight
 from quantize.recipe import Recipe
 from quantize.source_checks import check_adapter, check_checkpoint, check_source, promised_bytes
@@ -404,3 +410,23 @@ def test_a_token_must_be_allowed_to_write(
             with pytest.raises(CredentialsError, match="may only read"):
                 preflight(given, tmp_path)
             preflight(given, tmp_path, online=False)
+
+
+def test_what_does_not_fit_on_the_hub_is_found_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online(monkeypatch)
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        server.hub.create("model", "ann/tiny", private=False)
+        hub = {"repo": "ann/tiny"}
+        with pytest.raises(ConflictError, match=r"but publish\.hub\.private is true"):
+            preflight(resolved(tmp_path, recipe(publish={"hub": hub}), model=folder), tmp_path)
+        hub["collection"] = "ann/none-0"
+        both = resolved(tmp_path, recipe(publish={"hub": hub}), model=folder)
+        with pytest.raises(UsageError, match="2 things") as error:  # the lowest exit code
+            preflight(both, tmp_path)
+        assert "is public" in error.value.message
+        preflight(both, tmp_path, {"compress", "measure"})  # published already

@@ -14,7 +14,7 @@ import pytest
 from hub_fixture import TOKEN, hub_server, online
 
 from quantize.environments import Environments
-from quantize.errors import ConflictError, CredentialsError, ResourceError, SourceError
+from quantize.errors import ConflictError, CredentialsError, ResourceError, SourceError, ToolError
 from quantize.folder_target import publish_folder
 from quantize.listing import LISTING, parse_listing
 from quantize.plan import StageEntry
@@ -301,6 +301,57 @@ def test_folder_and_hub_hold_the_same(stage: Stage, monkeypatch: pytest.MonkeyPa
         assert other == server.endpoint
     for path in stage.root.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_pull_request_and_collection_are_in_the_receipt_and_notes_are_shown(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        server.hub.create("model", "ann/tiny", private=False)
+        slug = server.hub.create_collection("Small", "ann").slug
+        hub = Hub(repo="ann/tiny", allow_public=True, pull_request=True, collection=slug)
+        target = target_of(stage.run(recipe(folder=None, hub=hub)))
+        pull_request = f"{server.endpoint}/ann/tiny/discussions/1"
+        assert (target["url"], target["pull_request"]) == (pull_request, pull_request)
+        assert target["collection"] == slug
+        assert "tag" not in target
+        assert any("is public, the recipe says private: true" in line for line in stage.lines)
+        server.hub.repos["model", "ann/tiny"].merge(1)
+        hub = Hub(repo="ann/tiny", private=False, tag="v1")
+        target = target_of(stage.run(recipe(folder=None, hub=hub), key="2" * 64))
+        assert (target["changed"], target["tag"]) == (False, "v1")
+        assert server.hub.repos["model", "ann/tiny"].tags == {"v1": target["commit"]}
+
+
+def test_a_local_source_does_not_go_to_a_public_repository_unsaid(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        server.hub.create("model", "ann/tiny", private=False)
+        with pytest.raises(ConflictError, match=r"but publish\.hub\.private is true"):
+            stage.run(recipe(folder=None, hub=Hub(repo="ann/tiny")))
+        assert server.hub.repos["model", "ann/tiny"].messages == ["initial commit"]
+
+
+@pytest.mark.parametrize("name", ["model/.cache/x.json", "model/.env"])
+def test_a_hidden_file_of_the_artifact_is_published_nowhere(tmp_path: Path, name: str) -> None:
+    stage = Stage(tmp_path, {**MODEL, name: b"secret"})
+    with pytest.raises(ToolError, match="hidden files never are"):
+        stage.run(recipe(folder=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_symlink_in_the_artifact_is_not_followed(stage: Stage) -> None:
+    path = stage.compress.file("model/config.json")
+    path.rename(stage.root / "elsewhere")
+    path.symlink_to(stage.root / "elsewhere")
+    with pytest.raises(SourceError, match=r"config\.json is a symlink"):
+        stage.run(recipe())
+    assert not Path("out").exists()
 
 
 def test_the_hub_without_a_token(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
