@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quantize.checkpoint import LAYER, Checkpoint, examine
 from quantize.engine.support import why_not
-from quantize.errors import CredentialsError, ResourceError
+from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
 from quantize.findings import Finding, raise_findings
 from quantize.machine import memory_bytes
 from quantize.recipe import Hub, Recipe

@@ -17,7 +17,6 @@ from typing import Any
 import moto.s3.models
 import pytest
 from hub_fixture import write_files
-from s3_fixture import BUCKET, KEY_ID, SECRET, S3Server, credentials, s3_server
 
 from quantize.errors import (
     ConflictError,
@@ -33,6 +32,7 @@ from quantize.listing import LISTING
 from quantize.url_client import Place, endpoint, etag_of, open_place
 from quantize.url_errors import clean
 from quantize.url_target import PUBLISHING, check_url, publish_url
+from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server, credentials, s3_server
 
 URL = f"s3://{BUCKET}/acme/tiny"
 PREFIX = "acme/tiny/"
@@ -156,7 +156,7 @@ def test_publishing_the_same_again_sends_nothing(server: S3Server, new: Made) ->
     server.forget()
     assert new.publish() is False
     assert server.count("PUT|POST|DELETE") == 0
-    assert server.sent_bytes == 0
+    assert server.body_bytes == 0
 
 
 def test_a_later_publish_replaces_an_earlier_one(server: S3Server, old: Made, new: Made) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +21,16 @@ KEY_ID, SECRET = "AKIAUNITTEST", "canarySecretThatMustNotLeak"
 
 @dataclass
 class S3Server:
-    """`requests` are "METHOD /path?query" of everything that arrived, with bytes of the bodies."""
+    """`requests` are "METHOD /path?query" of everything that arrived.
+
+    `sent` is all of each: the request line, headers but Authorization, and the body.
+    """
 
     endpoint: str = ""
     requests: list[str] = field(default_factory=list)
-    sent_bytes: int = 0
+    sent: list[bytes] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
+    body_bytes: int = 0
     before: Callable[[int, str], int | None] = lambda number, request: None
     after: Callable[[int, str], None] = lambda number, request: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -58,7 +63,7 @@ class S3Server:
 
     def forget(self) -> None:
         """Begin a new log, without what `before` and `after` did."""
-        self.requests, self.sent_bytes = [], 0
+        self.requests, self.sent, self.authorizations, self.body_bytes = [], [], [], 0
         self.before = lambda number, request: None
         self.after = lambda number, request: None
 
@@ -73,7 +78,9 @@ class S3Server:
         with self._lock:
             self.requests.append(request)
             number = len(self.requests)
-            self.sent_bytes += len(body)
+            self.body_bytes += len(body)
+            self.authorizations.append(environ.pop("HTTP_AUTHORIZATION", ""))
+            self.sent.append(_searchable(request, environ, body))
         status = self.before(number, request)
         if status is not None:
             start_response(f"{status} Fault", [("Content-Length", "0")])
@@ -81,6 +88,11 @@ class S3Server:
         answer = [b"".join(app(environ, start_response))]
         self.after(number, request)
         return answer
+
+
+def _searchable(request: str, environ: Mapping[str, Any], body: bytes) -> bytes:
+    headers = [f"{key}: {value}" for key, value in environ.items() if key.startswith("HTTP_")]
+    return "\n".join([request, *headers]).encode() + b"\n\n" + body
 
 
 class _Silent(WSGIRequestHandler):
