@@ -79,7 +79,7 @@ class S3Server:
             self.requests.append(request)
             number = len(self.requests)
             self.body_bytes += len(body)
-            self.authorizations.append(environ.pop("HTTP_AUTHORIZATION", ""))
+            self.authorizations.append(environ.get("HTTP_AUTHORIZATION", ""))
             self.sent.append(_searchable(request, environ, body))
         status = self.before(number, request)
         if status is not None:
@@ -91,7 +91,8 @@ class S3Server:
 
 
 def _searchable(request: str, environ: Mapping[str, Any], body: bytes) -> bytes:
-    headers = [f"{key}: {value}" for key, value in environ.items() if key.startswith("HTTP_")]
+    names = [name for name in environ if name.startswith("HTTP_")]
+    headers = [f"{name}: {environ[name]}" for name in names if name != "HTTP_AUTHORIZATION"]
     return "\n".join([request, *headers]).encode() + b"\n\n" + body
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import moto.s3.models
 import pytest
+from botocore.exceptions import ClientError
 from hub_fixture import write_files
 
 from quantize.errors import (
@@ -30,7 +31,7 @@ from quantize.errors import (
 )
 from quantize.listing import LISTING
 from quantize.url_client import Place, endpoint, etag_of, open_place
-from quantize.url_errors import clean
+from quantize.url_errors import clean, translate
 from quantize.url_target import PUBLISHING, check_url, publish_url
 from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server, credentials, s3_server
 
@@ -348,7 +349,6 @@ def test_a_server_that_fails_once(server: S3Server, old: Made, new: Made) -> Non
         ("PUT .*model-2", 503, TransientError),
         ("PUT .*model-2", 429, TransientError),
         ("PUT .*model-2", 501, ToolError),
-        ("HEAD /models$", 301, UsageError),
     ],
 )
 def test_answers_become_our_errors(
@@ -360,6 +360,31 @@ def test_answers_become_our_errors(
     assert type(caught.value) is error
     assert str(status) in caught.value.message and caught.value.hint
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (301, "PermanentRedirect", UsageError),
+        (400, "AuthorizationHeaderMalformed", UsageError),
+        (400, "ExpiredToken", CredentialsError),
+        (403, "RequestTimeTooSkewed", CredentialsError),
+        (403, "QuotaExceeded", ResourceError),
+        (400, "BadDigest", TransientError),
+        (400, "MalformedXML", ToolError),
+    ],
+)
+def test_codes_become_our_errors(status: int, code: str, error: type[QuantizeError]) -> None:
+    answer: Any = {
+        "Error": {"Code": code, "Message": "said"},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+    raised = OSError(22, "as s3fs wraps it")
+    raised.__cause__ = ClientError(answer, "PutObject")
+    made = translate(URL, "sending it", raised)
+    assert type(made) is error
+    assert made.message == f"S3 answered {status} {code} while sending it: said"
+    assert made.hint
 
 
 def test_no_such_bucket(server: S3Server, new: Made) -> None:
