@@ -41,6 +41,7 @@ PATHS_ALLOWED = re.compile(
     r"\.runs/"  # logs, requests of workers, result.json: for whoever ran it
     r"|fetch/[0-9a-f]+/source\.json$"  # where the local checkpoint lies
     r"|publish/[0-9a-f]+/receipt\.json$"  # which folder was published to
+    r"|(card|publish)/[0-9a-f]+/manifest\.json$"  # their keys: the recipe as it was written
 )
 """Files of the store that may name a folder of this machine; no secret may stand anywhere."""
 
