@@ -22,8 +22,8 @@ def mixed_recipe(
 ) -> str:
     """The recipe `text` with the schemes that were `found`, its comments kept where possible.
 
-    Its name, folder and repository get the budget as a suffix: what the given recipe published is
-    not overwritten. `moved` are further changes: ``--set``, and paths that start elsewhere now.
+    Its name, folder, repository and URL get the budget as a suffix: what the given recipe published
+    is not overwritten. `moved` are further changes: ``--set``, and paths that start elsewhere now.
     """
     slug = found.budget.slug
     changes: dict[KeyPath, Any] = dict(moved)
@@ -33,6 +33,8 @@ def mixed_recipe(
         changes["publish", "folder"] = f"{recipe.publish.folder.rstrip('/')}-{slug}"
     if recipe.publish.hub is not None:
         changes["publish", "hub", "repo"] = f"{recipe.publish.hub.repo}-{slug}"
+    if recipe.publish.url is not None:
+        changes["publish", "url"] = f"{recipe.publish.url}-{slug}"
     return _headed(changed(text, changes), file_name, found)
 
 

@@ -117,7 +117,7 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
         sides = ("baseline", "candidate")
         measured = {role: measured[role] for role in sides} | {"compare": "compare"}
     graph.append(("card", "card", made | calibrated | measured))
-    if recipe.publish.folder is not None or recipe.publish.hub is not None:
+    if recipe.publish.wanted:
         # It reads no comparison, but nothing is published whose gates cannot be asked.
         gates = {"compare": "compare"} if measured else {}
         published = {"compress": "compress", "card": "card"} | apart

@@ -15,7 +15,7 @@ from pathlib import Path
 from quantize.adapter_checks import check_adapter
 from quantize.checkpoint import LAYER, Checkpoint, examine
 from quantize.engine.support import why_not
-from quantize.errors import CredentialsError, ResourceError
+from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
 from quantize.findings import Finding, raise_findings
 from quantize.machine import memory_bytes
 from quantize.recipe import Hub, Recipe
@@ -38,7 +38,7 @@ def preflight(
 
     SourceError before ResourceError before CredentialsError before ConflictError; see
     :func:`quantize.findings.raise_findings`. `store` need not exist yet. The Hub is asked about
-    token and target only when `online` and publishing to it.
+    token and target, and a URL what it holds, only when `online` and publishing there.
     """
     recipe, paths = resolved.recipe, resolved.paths
     findings: list[Finding] = []
@@ -63,6 +63,8 @@ def preflight(
         findings += check_resources(checkpoint, recipe, store, to_run)
     if recipe.publish.hub is not None and "publish" in to_run:
         findings += check_hub_target(resolved, recipe.publish.hub, online=online)
+    if recipe.publish.url is not None and "publish" in to_run and online:
+        findings += check_place(recipe.publish.url)
     raise_findings(findings)
 
 
@@ -197,6 +199,19 @@ def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Find
     from quantize.stages.publish import recipe_as_published
 
     return check_hub(access, resolved, hub, lambda: recipe_as_published(resolved))
+
+
+def check_place(url: str) -> list[Finding]:
+    """Whether a URL can be published to: backend, credentials, bucket, and whose files it holds."""
+    from quantize.url_target import check_url
+
+    try:
+        check_url(url)
+    except TransientError:
+        raise
+    except QuantizeError as error:
+        return [Finding.of(error)]
+    return []
 
 
 def _check_json_lines(path: Path, has_chat_template: bool | None) -> list[Finding]:

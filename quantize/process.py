@@ -20,7 +20,21 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 20
 
 SECRETS = frozenset(
-    {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"}
+    {
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HUGGINGFACE_HUB_TOKEN",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "FSSPEC_S3_KEY",
+        "FSSPEC_S3_SECRET",
+        "FSSPEC_S3_TOKEN",
+        "AZURE_CLIENT_SECRET",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_SAS_TOKEN",
+    }
 )
 """Variables that reach a child only when its caller passes them on by name."""
 

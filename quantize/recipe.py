@@ -351,16 +351,57 @@ class Hub(Block):
         return self
 
 
+def _writable_url(url: str) -> str:
+    """`url` without a slash at its end, if it can name a place to publish to and holds no secret.
+
+    No message repeats the URL: it may hold a password.
+    """
+    scheme, colon, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        raise ValueError("expected a URL such as s3://bucket/prefix")
+    if "@" in host and ":" in host.rpartition("@")[0]:
+        raise ValueError(
+            "a URL with a password would end up in files and logs: remove it, and give the "
+            "credentials by variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws"
+        )
+    if "?" in rest or "#" in rest or "::" in url:
+        raise ValueError("expected a plain URL: no ?, no #, no ::, signatures least of all")
+    if scheme in ("http", "https"):
+        raise ValueError(
+            "nothing can be published to http(s); for an S3 of your own write s3://bucket/prefix "
+            "and set AWS_ENDPOINT_URL to its address"
+        )
+    if scheme == "hf":
+        raise ValueError("use publish.hub for a repository on the Hub")
+    if scheme == "file" and (host or not path.strip("/")):
+        raise ValueError("expected file:/// and an absolute path of a folder")
+    if not rest.strip("/"):
+        raise ValueError("the URL names no place: add a bucket or a path")
+    return url.rstrip("/")
+
+
+Url = Annotated[str, AfterValidator(_writable_url)]
+
+
 class Publish(Block):
     """Where the artifact goes."""
 
     folder: str | None = Field(None, description="A folder (relative to the working directory).")
     hub: Hub | None = Field(None, description="A Hub repository; needs a token that may write.")
+    url: Url | None = Field(
+        None, description="A bucket (s3://bucket/prefix) or another place that fsspec can write."
+    )
     card_template: str | None = Field(
         None,
         min_length=1,
         description="A Jinja template for the model card (relative to the recipe file).",
     )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is any target."""
+        return not (self.folder is None and self.hub is None and self.url is None)
 
 
 class EnvironmentOverride(Block):

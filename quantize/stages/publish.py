@@ -1,4 +1,4 @@
-"""publish: the quantized checkpoint, its card and its record to a folder, to the Hub, or both.
+"""publish: the quantized checkpoint, its card and its record to a folder, to the Hub, to a URL.
 
 What is published: every file of the compress artifact's `model/`, the card as `README.md` with
 `.eval_results/`, and below `quantize/` the card's `record.json`, its `plots/` and `card.md.j2`, the
@@ -8,7 +8,8 @@ below `adapter/`. Nothing names a path of this machine.
 Writes `receipt.json`::
 
     {"targets": [{"kind": "folder", "path", "files", "bytes", "changed"},
-                 {"kind": "hub", "repo", "branch", "commit", "url", "files", "bytes", "changed"}]}
+                 {"kind": "hub", "repo", "branch", "commit", "url", "files", "bytes", "changed"},
+                 {"kind": "url", "url", "files", "bytes", "changed"}]}
 
 A Hub target has `pull_request` (its address), `tag` and `collection` where the recipe asks for
 them. `changed` is False where the target held exactly these files already. Beside it lie
@@ -82,14 +83,18 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         from quantize.hub import endpoint
 
         inputs["hub"] = publish.hub.model_dump(mode="json") | {"endpoint": endpoint()}
+    if publish.url is not None:
+        from quantize import url_client
+
+        inputs["url"] = {"url": publish.url, "endpoint": url_client.endpoint(publish.url)}
     return inputs
 
 
 def stale(resolved: Resolved, entry_id: str, artifact: Artifact) -> str | None:
     """Why the published folder must be looked at again: not there, or not what was published.
 
-    Contents are compared up to 1 GiB in all, sizes always. The Hub is not asked: a finished run
-    needs no network.
+    Contents are compared up to 1 GiB in all, sizes always. The Hub and URLs are not asked: a
+    finished run needs no network.
     """
     folder = resolved.recipe.publish.folder
     if folder is None:
@@ -116,6 +121,8 @@ def run(context: StageContext) -> None:
         targets.append(_to_folder(context, files))
     if publish.hub is not None:
         targets.append(_to_hub(context, files, publish.hub))
+    if publish.url is not None:
+        targets.append(_to_url(context, files, publish.url))
     write_json(context.files / "receipt.json", {"targets": targets})
 
 
@@ -233,6 +240,30 @@ def _to_hub(context: StageContext, files: Files, hub: Hub) -> dict[str, Any]:
         "bytes": files.bytes,
         "changed": pushed.changed,
         **{key: value for key, value in asked.items() if value is not None},
+    }
+
+
+def _to_url(context: StageContext, files: Files, url: str) -> dict[str, Any]:
+    import fsspec
+
+    from quantize.url_client import endpoint, open_place
+    from quantize.url_target import publish_url
+
+    where = digest([url, endpoint(url)])[:16]
+    changed = publish_url(
+        open_place(url),
+        files.entries,
+        files.paths,
+        context.store.root / ".locks" / f"url-{where}.lock",
+        _progress(context, f"sending to {url}"),
+    )
+    context.versions["fsspec"] = fsspec.__version__
+    return {
+        "kind": "url",
+        "url": url,
+        "files": len(files.entries),
+        "bytes": files.bytes,
+        "changed": changed,
     }
 
 

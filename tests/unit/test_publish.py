@@ -15,6 +15,7 @@ from hub_fixture import TOKEN, hub_server, online
 
 from quantize.environments import Environments
 from quantize.errors import ConflictError, CredentialsError, ResourceError, SourceError, ToolError
+from quantize.execute import Outcome, places
 from quantize.folder_target import publish_folder
 from quantize.listing import LISTING, parse_listing
 from quantize.plan import StageEntry
@@ -301,6 +302,23 @@ def test_folder_and_hub_hold_the_same(stage: Stage, monkeypatch: pytest.MonkeyPa
         assert other == server.endpoint
     for path in stage.root.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_a_url_holds_the_same_as_the_folder(stage: Stage) -> None:
+    url = f"file://{stage.root}/mount/tiny"
+    given = recipe().model_copy(update={"publish": Publish(folder="out/tiny", url=url)})
+    made = stage.run(given)
+    found = contents(Path("out/tiny"))
+    assert contents(stage.root / "mount" / "tiny") == found
+    target = made.json("receipt.json")["targets"][1]
+    total = sum(len(content) for content in found.values())
+    expected = {"kind": "url", "url": url, "files": len(found), "bytes": total, "changed": True}
+    assert target == expected
+    assert "fsspec" in made.manifest.versions
+    again = stage.run(given, key="2" * 64).json("receipt.json")["targets"]
+    assert [target["changed"] for target in again] == [False, False]
+    shown = places(Outcome(artifacts={"publish": made}), stage.root)
+    assert shown["published (url)"] == url
 
 
 def test_pull_request_and_collection_are_in_the_receipt_and_notes_are_shown(

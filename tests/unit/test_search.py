@@ -361,6 +361,9 @@ class TestRecipe:
         recipe = self.load(text)
         assert recipe.name == "tiny-llama-awq-gptq-5.5bits"
         assert recipe.publish.folder == "out/tiny-llama-awq-gptq-5.5bits"
+        to_a_bucket = load_recipe(path, ["publish.url=s3://models/tiny"])
+        text = mixed_recipe(path.read_text(), path.name, to_a_bucket, self.found(), {})
+        assert self.load(text).publish.url == "s3://models/tiny-5.5bits"
         assert "ignore: [lm_head] # 4-bit logits cost more quality than they save bytes" in text
 
     def test_the_most_common_choice_is_the_blocks_own(self) -> None:
