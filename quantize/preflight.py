@@ -59,6 +59,10 @@ def preflight(
         findings += check_resources(checkpoint, recipe, store, to_run)
     if recipe.publish.hub is not None and "publish" in to_run:
         findings += check_token(recipe.publish.hub.repo, online=online)
+    if recipe.publish.sign is not None and "publish" in to_run:
+        from quantize import signing
+
+        findings += signing.findings(recipe.publish.sign, online=online)
     raise_findings(findings)
 
 

@@ -12,6 +12,7 @@ Writes `record.json`::
      "compress": compress.json, "audit": audit.json,
      "baseline"?, "candidate"?, "compare"?: their record.json,
      "artifacts": {role: key of the artifact in the store that it was made from},
+     "key_inputs": {role: everything that this key is the hash of},
      "versions": {role: versions of the tools}}
 
 and `README.md`, which is a function of that record alone.
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Recipe
     from quantize.stages.base import Resolved, StageContext
 
-VERSION = 2
+VERSION = 3
 
 SCHEMA = "quantize.card/2"
 MEASURED = ("baseline", "candidate", "compare")
@@ -89,6 +90,7 @@ def build_record(context: StageContext) -> dict[str, Any]:
         "compress": inputs["compress"].json("compress.json"),
         "audit": inputs["audit"].json("audit.json"),
         "artifacts": {role: item.manifest.key for role, item in inputs.items()},
+        "key_inputs": {role: dict(item.manifest.key_inputs) for role, item in inputs.items()},
         "versions": {role: dict(item.manifest.versions) for role, item in inputs.items()},
     }
     record["source"]["license"] = recipe.model.license or source["license"]
