@@ -37,7 +37,7 @@ class Known(hashing.Config):
     """Gives the manifest of files whose sha256 are known, instead of reading them."""
 
     def __init__(self, name: str, digests: Mapping[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name, self._digests = name, digests
 
     def hash(

@@ -105,7 +105,7 @@ def check_files(published: Published) -> Check:
             problems.append(Problem("added", name, f"{name} was added: it is not in the listing"))
     total = sum(entry.bytes for entry in published.listing.values())
     count = len(published.listing)
-    return _check("files", f"{count} files, {total / 1e6:,.1f} MB, as listed", problems)
+    return _check("files", f"{count} files, {total:,} bytes, as listed", problems)
 
 
 def check_statement(published: Published, record: _Document, recipe: _Document) -> Check:
@@ -193,7 +193,7 @@ def check_tensors(published: Published) -> Check:
             count += len(read_header(published.folder / name))
         except SourceError as error:
             problems.append(_differs(name, error.message))
-    return _check("tensors", f"{count:,} tensors, every byte accounted for", problems)
+    return _check("tensors", f"headers account for every byte ({count:,} tensors)", problems)
 
 
 def check_signature(published: Published, trust: Trust) -> Check:
@@ -204,8 +204,8 @@ def check_signature(published: Published, trust: Trust) -> Check:
         text = f"not signed: there is no {SIGNATURE}"
         return _check("signature", "", [Problem("missing", SIGNATURE, text)])
     if not trust.named:
-        whom = "--key PUBLIC_KEY, or --identity and --issuer, say by whom it must be"
-        return Check("signature", "skipped", f"signed, not looked at: {whom}")
+        whom = "--key, or --identity and --issuer, say by whom it must be"
+        return Check("signature", "skipped", f"signed, not verified: {whom}")
     from quantize.signing import library
 
     tool, path = library(), published.folder / SIGNATURE
