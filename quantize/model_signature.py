@@ -8,7 +8,9 @@ library's own command verifies. Imported only through :func:`quantize.signing.li
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -39,11 +41,13 @@ class Known(hashing.Config):
     def __init__(self, name: str, digests: Mapping[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._name, self._digests = name, digests
+        self.asked = False  # whoever verifies asks once the signature itself is sound
 
     def hash(
         self, model_path: Any, *, files_to_hash: Iterable[Any] | None = None
     ) -> manifest.Manifest:
         """The manifest of the known files, under their names."""
+        self.asked = True
         items = [
             manifest.FileManifestItem(
                 path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(sha256))
@@ -117,10 +121,10 @@ def sign_keyless(token: str | None, name: str, digests: Mapping[str, str], targe
         config.sign(Path(name), target)
 
 
-def problem_with_key(
+def problems_with_key(
     signature: Path, public_key: bytes, name: str, digests: Mapping[str, str]
-) -> str | None:
-    """Why a bundle is not that key's signature of exactly these files; None if it is."""
+) -> list[str]:
+    """Why a bundle is not that key's signature of exactly these files; empty if it is."""
     with tempfile.NamedTemporaryFile(suffix=".pem") as file:
         Path(file.name).write_bytes(public_key)
         try:
@@ -130,30 +134,46 @@ def problem_with_key(
                 "the key is no public key in PEM on one of " + ", ".join(CURVES),
                 "`openssl ec -in key.pem -pubout -out key.pub` makes it from a private key",
             ) from error
-    return _problem(config, signature, name, digests)
+    return _problems(config, signature, name, digests)
 
 
-def problem_with_identity(
+def problems_with_identity(
     signature: Path, identity: str, issuer: str, name: str, digests: Mapping[str, str]
-) -> str | None:
-    """Why a bundle is not that identity's signature of exactly these files; None if it is."""
+) -> list[str]:
+    """Why a bundle is not that identity's signature of exactly these files; empty if it is."""
     with _sigstore("fetching the keys that Sigstore's signatures are verified with"):
         config = verifying.Config().use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
-    return _problem(config, signature, name, digests)
+    return _problems(config, signature, name, digests)
 
 
-def _problem(
+def _problems(
     config: verifying.Config, signature: Path, name: str, digests: Mapping[str, str]
-) -> str | None:
+) -> list[str]:
     """A signature is a stranger's file: whatever it makes the library raise, it does not verify."""
+    known = Known(name, digests)
     try:
-        config.set_hashing_config(Known(name, digests)).verify(Path(name), signature)
+        config.set_hashing_config(known).verify(Path(name), signature)
     except InvalidSignature:
-        return "the signature was not made with this key, or was changed"
+        return ["was not made with this key, or was changed"]
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        return text if len(text) <= 400 else text[:399] + "…"
-    return None
+        if known.asked and (changed := _changed(signature, digests)):
+            return changed
+        return [" ".join(str(error).split())[:300] or type(error).__name__]
+    return []
+
+
+def _changed(signature: Path, digests: Mapping[str, str]) -> list[str]:
+    """What differs from the files that a sound signature names, in words."""
+    bundle = json.loads(signature.read_text(encoding="utf-8"))
+    payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    signed = {item["name"]: item["digest"] for item in payload["predicate"]["resources"]}
+    found = []
+    for file in sorted(signed.keys() | digests.keys()):
+        if signed.get(file) != digests.get(file):
+            what = "changed" if file in signed and file in digests else "removed"
+            what = what if file in signed else "added"
+            found.append(f"{file} was {what} after it was signed")
+    return found
 
 
 def _identity(token: str | None) -> str:

@@ -73,7 +73,7 @@ def write_signature(
     key = _private_key(sign)
     public = tool.public_pem(key)
     for path in earlier:
-        if path.is_file() and tool.problem_with_key(path, public, name, digests) is None:
+        if path.is_file() and not tool.problems_with_key(path, public, name, digests):
             target.write_bytes(path.read_bytes())
             return False
     assert sign.key is not None

@@ -215,12 +215,12 @@ def check_signature(published: Published, trust: Trust) -> Check:
         if name in published.listing and name != SIGNATURE
     }
     if trust.key is not None:
-        fault = tool.problem_with_key(path, _public_key(trust.key), "model", digests)
+        faults = tool.problems_with_key(path, _public_key(trust.key), "model", digests)
         who = f"by the key {trust.key.name}"
     else:
-        fault = tool.problem_with_identity(path, trust.identity, trust.issuer, "model", digests)
+        faults = tool.problems_with_identity(path, trust.identity, trust.issuer, "model", digests)
         who = f"by {trust.identity}"
-    problems = [] if fault is None else [_differs(SIGNATURE, f"{SIGNATURE}: {fault}")]
+    problems = [_differs(SIGNATURE, f"{SIGNATURE}: {fault}") for fault in faults]
     return _check("signature", f"signed {who}", problems)
 
 
