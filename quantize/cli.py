@@ -278,6 +278,44 @@ def verify(
 
 
 @main.command()
+@click.argument("record")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the card to this file  [default: print it]",
+)
+@click.option(
+    "--template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A Jinja template instead of the card's own; see docs/reading-a-card.md.",
+)
+@click.option("--force", is_flag=True, help="Overwrite OUTPUT.")
+@STORE
+def card(
+    record: str,
+    output: Path | None,
+    template: Path | None,
+    force: bool,
+    store_folder: Path | None,
+) -> None:
+    """Print the model card of RECORD as it would be published, and publish nothing.
+
+    RECORD is a recipe whose card is in the store, a published folder, a run's folder, or a card's
+    record.json.
+    """
+    from quantize import previewing
+    from quantize.session import open_store
+
+    text = previewing.preview(record, template, open_store(store_folder))
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    previewing.write(text, output, force=force)
+    click.echo(f"wrote {output}")
+
+
+@main.command()
 @click.argument("recipe", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every environment.")
 def setup(recipe: str | None, everything: bool) -> None:

@@ -21,7 +21,7 @@ from quantize.recipe import Recipe
 from quantize.source_checks import check_adapter, check_source, promised_bytes
 from quantize.stages.base import Resolved
 
-ALL = frozenset({"fetch", "calibrate", "compress", "measure", "publish"})
+ALL = frozenset({"fetch", "calibrate", "compress", "measure", "card", "publish"})
 
 SLACK_BYTES = 256 << 20
 """Logs, samples and token ids of one run."""
@@ -55,6 +55,8 @@ def preflight(
         template = None if template is False else template  # the adapter may bring one
     if "calibration" in paths and "calibrate" in to_run:
         findings += check_calibration(paths["calibration"], has_chat_template=template)
+    if "card_template" in paths and "card" in to_run:
+        findings += check_card_template(paths["card_template"])
     if checkpoint is not None and {"fetch", "compress"} & set(to_run):
         findings += check_resources(checkpoint, recipe, store, to_run)
     if recipe.publish.hub is not None and "publish" in to_run:
@@ -78,6 +80,13 @@ def check_calibration(path: Path, *, has_chat_template: bool | None) -> list[Fin
     if path.suffix == ".txt":
         return _check_text(path)
     return _check_json_lines(path, has_chat_template)
+
+
+def check_card_template(path: Path) -> list[Finding]:
+    """Mistakes of a recipe's own card template that show without a record."""
+    from quantize.report.card_template import check_template  # jinja2
+
+    return check_template(path)
 
 
 def check_suite(checkpoint: Checkpoint, resolved: Resolved) -> list[Finding]:

@@ -325,6 +325,11 @@ class Publish(Block):
     sign: Sign | None = Field(
         None, description="Sign what is published; needs `pip install 'quantize[sign]'`."
     )
+    card_template: str | None = Field(
+        None,
+        min_length=1,
+        description="A Jinja template for the model card (relative to the recipe file).",
+    )
 
     @property
     def secret_variables(self) -> frozenset[str]:

@@ -54,6 +54,14 @@ class Smoke(TypedDict):
     min_baseline_similarity: NotRequired[float]  # the prompt's own demand, for `compare`
 
 
+class Dataset(TypedDict):
+    """Where documents come from; `path` is a data set on the Hub or the name of a file format."""
+
+    path: NotRequired[str]  # absent where subtasks differ in it, as are the others
+    config: NotRequired[str]
+    split: NotRequired[str]
+
+
 class Perplexity(TypedDict):
     """Held-out text scored by the server.
 
@@ -67,6 +75,7 @@ class Perplexity(TypedDict):
 
     text: str  # file name
     text_sha256: str
+    dataset: NotRequired[Dataset]  # of a text from the Hub
     tokens_sha256: str  # of the windows' token ids: equal on both sides or not comparable
     documents: int
     windows: int
@@ -102,6 +111,7 @@ class Task(TypedDict):
     prompts_sha256: str  # of all rendered prompts in order
     repeats: int  # samples of each answer; the score is their mean
     clusters: NotRequired[int]  # groups of documents that are not independent
+    dataset: NotRequired[Dataset]
 
 
 class Answered(TypedDict):
@@ -274,6 +284,8 @@ class Aggregate(TypedDict):
     low: float
     high: float
     recovery: NotRequired[float]  # mean over tasks of candidate / baseline
+    recovery_low: NotRequired[float]  # where higher is better in all tasks
+    recovery_high: NotRequired[float]
     # One-sided p-values of "no task got worse" as in Kübler et al., arXiv:2602.10144
     pooled_p: NotRequired[float]
     fisher_p: NotRequired[float]

@@ -125,7 +125,14 @@ def distinct(subjects: Sequence[Subject]) -> list[Subject]:
 def load(name: str, store: Store) -> Subject:
     """The record that `name` means, checked, with its details where they are found."""
     path = find(name, store)
-    record = _read(path)
+    record = read_record(path)
+    details, why = _details(record, path, store)
+    return Subject(str(record["recipe"]["name"]), record, details, why, path.name)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A card's record, checked; a SourceError that says what is missing or wrong in it."""
+    record: dict[str, Any] = _read(path)
     _require_card(record, path)
     found = _problems(record)
     if found:
@@ -134,8 +141,7 @@ def load(name: str, store: Store) -> Subject:
             f"{path} is no complete record: {'; '.join(found[:SHOWN_PROBLEMS])}{more}",
             "make it again with `quantize run`",
         )
-    details, why = _details(record, path, store)
-    return Subject(str(record["recipe"]["name"]), record, details, why, path.name)
+    return record
 
 
 def find(name: str, store: Store) -> Path:

@@ -46,9 +46,9 @@ def resolve(
     """Digests and local paths of everything that `recipe` names.
 
     `digests` holds `model`, and where the recipe has such a part `adapter`, `base` (if it is
-    measured), `calibration`, `suite`, `text`, `own_text`, `prompts`, `tasks`, `health` and `sign`.
-    A checkpoint folder with more than `hash_limit_bytes` that `cache_path` does not know is left
-    absent. `on_hashed` is told (bytes done, bytes in all).
+    measured), `calibration`, `suite`, `text`, `own_text`, `prompts`, `tasks`, `health`,
+    `card_template` and `sign`. A checkpoint folder with more than `hash_limit_bytes` that
+    `cache_path` does not know is left absent. `on_hashed` is told (bytes done, bytes in all).
 
     Raises SourceError for a local input that is missing or unreadable, RecipeError for a mistake in
     the suite or its prompts, and what :mod:`quantize.hub` raises when `online`.
@@ -73,6 +73,8 @@ def resolve(
             _resolve_base(recipe.model, folder, inputs)
     if recipe.publish.sign is not None:
         _resolve_signer(recipe.publish.sign, inputs)
+    if recipe.publish.card_template is not None:
+        _resolve_template(recipe.publish.card_template, folder, inputs)
     cache.save()
     return Resolved(recipe, folder, accelerator, inputs.digests, inputs.paths, suite)
 
@@ -116,6 +118,16 @@ def _resolve_signer(sign: Sign, inputs: _Inputs) -> None:
 
     with suppress(QuantizeError):
         inputs.digests["sign"] = signing.identify(sign)
+
+
+def _resolve_template(text: str, folder: Path, inputs: _Inputs) -> None:
+    path = find_path(text, folder)
+    if path is None or not path.is_file():
+        raise SourceError(
+            f"publish.card_template: there is no file {text!r} in {folder}",
+            "correct publish.card_template; a relative path starts at the recipe file",
+        )
+    inputs.add("card_template", inputs.cache.sha256(path), path)
 
 
 def _check_task_names(evaluate: Evaluate, suite: Suite) -> None:

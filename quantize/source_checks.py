@@ -20,7 +20,7 @@ from quantize.formats import (
 )
 from quantize.model_files import read_json_object
 from quantize.modules import matches, module_name, nearest, served_unit
-from quantize.recipe import GROUPED, Recipe
+from quantize.recipe import GROUPED, Quantize, Recipe
 from quantize.tensors import TensorInfo, read_header
 
 ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|w2|wo)$")
@@ -214,10 +214,29 @@ def _said(form: WeightFormat | None) -> str:
     return f"in {form.scheme}" + (f" with groups of {form.group_size}" if form.group_size else "")
 
 
+def tensor_parallel_faults(checkpoint: Checkpoint, quantize: Quantize, size: int) -> list[str]:
+    """What does not split evenly over `size` GPUs: heads, outputs or groups; shapes alone."""
+    return _tensor_parallel_faults(checkpoint, _chosen(checkpoint, module_formats(quantize)), size)
+
+
 def _check_tensor_parallel(
     checkpoint: Checkpoint, chosen: Sequence[tuple[TensorInfo, Rule]], size: int
 ) -> list[Finding]:
-    """Heads, outputs and groups must split evenly over `size` GPUs."""
+    faults = _tensor_parallel_faults(checkpoint, chosen, size)
+    if not faults:
+        return []
+    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return [
+        Finding(
+            f"tensor parallel size {size} does not split {'; '.join(faults[:3])}{more}",
+            f"remove {size} from serve.tensor_parallel_sizes, or take a smaller group size",
+        )
+    ]
+
+
+def _tensor_parallel_faults(
+    checkpoint: Checkpoint, chosen: Sequence[tuple[TensorInfo, Rule]], size: int
+) -> list[str]:
     if size == 1:
         return []
     faults = []
@@ -239,15 +258,7 @@ def _check_tensor_parallel(
                 faults.append(f"{module} with {info.shape[1]} inputs (shares of {what})")
         elif not module.endswith(("k_proj", "v_proj")) and info.shape[0] % (size * block):
             faults.append(f"{module} with {info.shape[0]} outputs")
-    if not faults:
-        return []
-    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return [
-        Finding(
-            f"tensor parallel size {size} does not split {'; '.join(faults[:3])}{more}",
-            f"remove {size} from serve.tensor_parallel_sizes, or take a smaller group size",
-        )
-    ]
+    return faults
 
 
 def _check_lengths(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,13 @@ class Check:
     outcome: Literal["passed", "failed", "skipped"]
     summary: str
     problems: tuple[Problem, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, passed: str, problems: Sequence[Problem]) -> Check:
+        """Failed with `problems`; without any, passed, with what can then be said."""
+        if problems:
+            return cls(name, "failed", "", tuple(problems))
+        return cls(name, "passed", passed)
 
 
 @dataclass(frozen=True)

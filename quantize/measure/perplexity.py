@@ -29,7 +29,7 @@ import numpy as np
 from quantize.errors import SourceError, ToolError
 from quantize.keys import digest, file_sha256
 from quantize.measure.client import Client, ScoredPrompt
-from quantize.records import Perplexity
+from quantize.records import Dataset, Perplexity
 from quantize.suite import PerplexityText
 
 MAX_NATS = 700.0
@@ -77,8 +77,9 @@ def measure(
             f"the held-out text costs {total_nats / tokens:.0f} nats a token",
             "no language model is as bad as that: look for damaged weights",
         )
-    return {
-        "text": path.name if path.name == Path(text.text).name else text.text,
+    local = path.name == Path(text.text).name
+    found: Perplexity = {
+        "text": path.name if local else text.text,
         "text_sha256": file_sha256(path),
         "tokens_sha256": digest([[w.document, w.first, *w.tokens] for w in windows]),
         "documents": len({window.document for window in windows}),
@@ -93,6 +94,17 @@ def measure(
         "total_nats": total_nats,
         "perplexity": math.exp(total_nats / tokens),
     }
+    if not local:
+        found["dataset"] = _dataset(text)
+    return found
+
+
+def _dataset(text: PerplexityText) -> Dataset:
+    """The Hub data set that a text is a column of."""
+    found: Dataset = {"path": text.text, "split": text.split}
+    if text.config is not None:
+        found["config"] = text.config
+    return found
 
 
 def _save_documents(output: Path, documents: Sequence[str], windows: Sequence[Window]) -> None:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
 import yaml
 
-from quantize.report.markdown import Safe, clip, environment
+from quantize.errors import SourceError
+from quantize.report.card_metadata import eval_results, front_matter_values
+from quantize.report.card_plots import alt_text
+from quantize.report.card_serving import (
+    memory,
+    parallel_sizes,
+    sglang_caution,
+    sglang_command,
+    transformers_code,
+    vllm_command,
+)
+from quantize.report.card_template import card_template
+from quantize.report.markdown import Safe, clip
 from quantize.report.redact import redact
 from quantize.report.results import (
-    HUB_ID,
     Record,
     health_rows,
     method_text,
     model_verdict,
     noise_text,
     quality_rows,
+    recovery_text,
     retention_rows,
     serving_rows,
     size_rows,
@@ -28,10 +37,10 @@ from quantize.report.results import (
     verdict_rows,
 )
 
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
+__all__ = ["differences", "eval_results", "front_matter_values", "render_card"]
 
-TAGS = ("compressed-tensors", "vllm", "quantized")
+PLOTS = "quantize/plots"
+"""Where a published repository has the card's pictures."""
 
 DIFFERENCES = 5
 """Lines that :func:`differences` names."""
@@ -39,39 +48,26 @@ DIFFERENCES = 5
 ANSWERS = 6
 """Smoke prompts that the card shows; the record has all."""
 
+KEPT = 8
+"""Modules left as they were that the card names; the record has all."""
 
-def render_card(record: Record, template: str | None = None) -> str:
+
+def render_card(record: Record, template: str | None = None, name: str = "card.md.j2") -> str:
     """README.md for a card record (:mod:`quantize.stages.card`).
 
-    `template` is the text of a template of the user's own, instead of `card.md.j2`.
+    `template` is the text of a template of the user's own, `name` what errors call it; else it is
+    the shipped one. What a user's template does wrong is a SourceError with its line, and so is a
+    record that lacks what a card needs.
     """
-    record = redact(record)
-    templates = environment()
-    shipped = templates.get_template("card.md.j2")
-    chosen = shipped if template is None else templates.from_string(template)
-    card: str = chosen.render(
-        record=record,
-        front=front_matter_values(record),
-        method=method_text(record),
-        size_rows=size_rows(record),
-        quality_rows=quality_rows(record["compare"]) if "compare" in record else [],
-        serving_rows=serving_rows(record),
-        smoke=smoke_row(record),
-        answers=_answers(record),
-        verdict_rows=verdict_rows(record["compare"]) if "compare" in record else [],
-        verdict=model_verdict(record["compare"]) if "compare" in record else None,
-        retention_rows=retention_rows(record["compare"]) if "compare" in record else [],
-        health_rows=health_rows(record["compare"]) if "compare" in record else [],
-        noise=noise_text(record["compare"]) if "compare" in record else "",
-        serve_command=serve_command(record),
-        transformers_code=transformers_code(record),
-        recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
-        calibration=_calibration(record),
-        versions=_versions(record),
-        audit=_audit(record),
-        **_summary(record),
-    )
-    return card
+    render = card_template(template, name)
+    try:
+        variables = card_variables(redact(record))
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise SourceError(
+            f"the record is not that of a card: {type(error).__name__}: {error}",
+            "make it again with `quantize run`",
+        ) from error
+    return render(variables)
 
 
 def differences(readme: str, record: Record, template: str | None = None) -> list[str]:
@@ -99,30 +95,40 @@ def _quoted(line: str | None) -> str:
     return "no such line" if line is None else repr(clip(line, 160))
 
 
-def front_matter_values(record: Record) -> dict[str, Any]:
-    """What the Hub reads; a value that the Hub would refuse is left out (the text has it still)."""
-    source = record["source"]
-    values: dict[str, Any] = {}
-    bases = [name for name in record["base_models"] if HUB_ID.fullmatch(name)]
-    if bases:
-        values["base_model"] = bases[0] if len(bases) == 1 else bases
-        values["base_model_relation"] = "quantized"
-    if isinstance(source["license"], str) and _LICENSE.fullmatch(source["license"]):
-        values["license"] = source["license"]
-    languages = [name for name in source["languages"] if _LANGUAGE.fullmatch(name)]
-    if languages:
-        values["language"] = languages
-    quantize = record["recipe"]["quantize"]
-    values |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [*quantize["method"].split("+"), quantize["scheme"].lower(), *TAGS],
-        "quantized_by": "quantize",
+def card_variables(record: Record) -> dict[str, Any]:
+    """Everything that a template may print; docs/reading-a-card.md lists the names."""
+    compare = record.get("compare")
+    return {
+        "record": record,
+        "front": front_matter_values(record),
+        "method": method_text(record),
+        "size_rows": size_rows(record),
+        "memory": memory(record),
+        "parallel_sizes": parallel_sizes(record),
+        "quality_rows": quality_rows(compare) if compare else [],
+        "recovery": recovery_text(compare) if compare else "",
+        "plots": _plots(record),
+        "serving_rows": serving_rows(record),
+        "smoke": smoke_row(record),
+        "answers": _answers(record),
+        "verdict_rows": verdict_rows(compare) if compare else [],
+        "verdict": model_verdict(compare) if compare else None,
+        "retention_rows": retention_rows(compare) if compare else [],
+        "health_rows": health_rows(compare) if compare else [],
+        "noise": noise_text(compare) if compare else "",
+        "vllm": vllm_command(record),
+        "sglang": sglang_command(record),
+        "sglang_caution": sglang_caution(record),
+        "transformers_code": transformers_code(record),
+        "recipe_yaml": yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
+        "calibration": _calibration(record),
+        "versions": _versions(record),
+        "audit": _audit(record),
+        **_perplexity(record),
     }
-    return values
 
 
-def _summary(record: Record) -> dict[str, Any]:
+def _perplexity(record: Record) -> dict[str, Any]:
     """Parts of the first sentence; an absent measurement is None."""
     size = record["size"]
     perplexity = record.get("compare", {}).get("perplexity")
@@ -135,39 +141,12 @@ def _summary(record: Record) -> dict[str, Any]:
     }
 
 
-def serve_command(record: Record) -> str:
-    """`vllm serve` with the settings of the measurement that make sense elsewhere, quoted."""
-    serve = record["recipe"]["serve"]
-    options = ["--dtype bfloat16"]
-    if "max_model_len" in serve:
-        options.append(f"--max-model-len {serve['max_model_len']}")
-    options.append(f"--max-num-seqs {serve['max_num_seqs']}")
-    options.append(f"--gpu-memory-utilization {serve['gpu_memory_utilization']}")
-    if serve["tensor_parallel_size"] > 1:
-        options.append(f"--tensor-parallel-size {serve['tensor_parallel_size']}")
-    caching = "enable-prefix-caching"
-    options.append(f"--{caching}" if serve["enable_prefix_caching"] else f"--no-{caching}")
-    if serve["extra_args"]:
-        options.append(shlex.join(serve["extra_args"]))
-    return " \\\n  ".join([f"vllm serve {shlex.quote(_place(record))}", *options])
-
-
-def transformers_code(record: Record) -> str:
-    """A snippet that loads the checkpoint in transformers."""
-    place = json.dumps(_place(record))
-    return "\n".join(
-        (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"tokenizer = AutoTokenizer.from_pretrained({place})",
-            f'model = AutoModelForCausalLM.from_pretrained({place}, dtype="auto")',
-        )
-    )
-
-
-def _place(record: Record) -> str:
-    """The repository that it is published in, or a folder."""
-    return record.get("target") or f"./{record['recipe']['name']}"
+def _plots(record: Record) -> list[dict[str, str]]:
+    """Place and description of each picture that the stage drew."""
+    return [
+        {"place": f"{PLOTS}/{name}.png", "alt": alt_text(name, record["compare"])}
+        for name in record["plots"]
+    ]
 
 
 def _answers(record: Record) -> list[dict[str, str]]:
@@ -209,11 +188,12 @@ def _versions(record: Record) -> dict[str, str]:
     return {"quantize": record["quantize"], **dict(sorted(merged.items()))}
 
 
-def _audit(record: Record) -> dict[str, int]:
+def _audit(record: Record) -> dict[str, Any]:
     audit = record["audit"]
     return {
         "checks": len(audit["checks"]),
         "passed": sum(check["passed"] for check in audit["checks"]),
         "quantized": audit["quantized_modules"],
         "kept": len(audit["kept_modules"]),
+        "kept_names": audit["kept_modules"][:KEPT],
     }

@@ -6,6 +6,7 @@ every string must pass one of these filters: :func:`environment` refuses to prin
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -81,6 +82,11 @@ def _longest_run(content: str) -> int:
     return max((len(run) for run in re.findall(r"`+", content)), default=0)
 
 
+def count(value: int) -> Safe:
+    """1,234"""
+    return Safe(f"{value:,}")
+
+
 def clip(value: object, length: int) -> str:
     """The first `length` characters, with an ellipsis where there were more."""
     content = str(value)
@@ -93,10 +99,31 @@ def clip_start(value: object, length: int) -> str:
     return content if len(content) <= length else "…" + content[1 - length :]
 
 
+class _Dumper(yaml.SafeDumper):
+    """Strings with line ends on one line, quoted: no reader may take a line of them for the end."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Equal parts are written out each time."""
+        return True
+
+
+def _string(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = '"' if "\n" in value or "\r" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _string)
+
+
 def front_matter(values: Mapping[str, Any]) -> Safe:
     """The YAML block at the top of a card."""
-    dumped = yaml.safe_dump(
-        dict(values), sort_keys=False, allow_unicode=True, default_flow_style=False, width=1000
+    dumped = yaml.dump(
+        dict(values),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=float("inf"),
     )
     return Safe(f"---\n{dumped}---")
 
@@ -107,6 +134,7 @@ def _checked(value: Any) -> Any:
     raise TypeError(f"the template prints {value!r} without a filter of quantize.report.markdown")
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
     """The templates of this package; printing a string that passed no filter is a TypeError."""
     found = templates(autoescape=False, finalize=_checked, keep_trailing_newline=True)
@@ -114,6 +142,7 @@ def environment() -> jinja2.Environment:
         "text": text,
         "lines": lines,
         "plain": Safe,
+        "count": count,
         "code": code,
         "block": block,
         "clip": clip,

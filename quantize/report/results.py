@@ -177,6 +177,20 @@ def _retention_row(retention: Retention) -> RetentionRow:
     )
 
 
+def recovery_text(compare: CompareRecord) -> str:
+    """What is left of BF16's scores on average, with its 95% interval; empty without tasks."""
+    together = compare.get("aggregate")
+    if together is None or "recovery" not in together:
+        return ""
+    share = f"{100 * together['recovery']:.1f}% of BF16's score"
+    tasks = f" on {together['tasks']} tasks on average" if together["tasks"] > 1 else ""
+    if "recovery_low" not in together or "recovery_high" not in together:
+        return share + tasks
+    ends = (together["recovery_low"], together["recovery_high"])
+    low, high = (f"{100 * end:.1f}%" for end in ends)
+    return f"{share}{tasks} (95% interval {low} to {high})"
+
+
 HEALTH = {
     "repeating": "Repeats itself",
     "ended_early": "Ends early",

@@ -13,7 +13,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 def templates(**options: Any) -> jinja2.Environment:
-    """Those in `quantize/report/templates`; `options` are what Markdown and HTML do differently."""
+    """Those in `quantize/report/templates`; `options` are what Markdown and HTML do differently.
+
+    In a sandbox: a template cannot reach Python's internals, nor change what it is given.
+    """
     return ImmutableSandboxedEnvironment(
         loader=jinja2.PackageLoader("quantize.report", "templates"),
         undefined=jinja2.StrictUndefined,

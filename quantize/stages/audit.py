@@ -4,7 +4,8 @@ Inputs: `fetch` (the source) and `compress` (the artifact). Writes `audit.json`:
 
     {"checks": [{"name", "passed", "detail"}], "quantized_modules": int, "kept_modules": [str],
      "bytes": {"source": int, "artifact": int, "expected": int},  # tensors, without headers
-     "size_ratio": float}                                         # artifact / source
+     "size_ratio": float,                                         # artifact / source
+     "tensor_parallel": {"1": [], "2": [what does not split evenly], ...}}  # by shapes alone
 
 A failed check is a ToolError: the compress stage made something that must not be measured.
 """
@@ -23,10 +24,15 @@ from quantize.errors import SourceError, ToolError
 from quantize.formats import module_formats
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json
-from quantize.recipe import Quantize
+from quantize.recipe import Quantize, Recipe
+from quantize.source_checks import tensor_parallel_faults
 from quantize.stages.base import Resolved, StageContext
 
-VERSION = 2
+VERSION = 3
+
+PARALLEL_SIZES = (1, 2, 4, 8)
+"""Tensor-parallel sizes that the card speaks of, beside those of the recipe."""
+SHOWN_FAULTS = 3
 
 TOLERATED: dict[str, dict[str, str]] = {
     "tokenizer.json": {
@@ -62,6 +68,8 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         inputs["overrides"] = quantize.effective_overrides
     if quantize.kv_cache is not None:
         inputs["kv_cache"] = quantize.kv_cache
+    if resolved.recipe.serve.tensor_parallel_sizes:
+        inputs["tensor_parallel_sizes"] = sorted(resolved.recipe.serve.tensor_parallel_sizes)
     return inputs
 
 
@@ -79,6 +87,7 @@ def run(context: StageContext) -> None:
 
     total = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
     audit = audit_folder(source, artifact, context.recipe.quantize, report)
+    audit["tensor_parallel"] = tensor_parallel(source, context.recipe)
     failed = [check for check in audit["checks"] if not check["passed"]]
     if failed:
         write_json(context.work / "audit.json", audit)
@@ -132,6 +141,16 @@ def audit_folder(
             "expected": coverage.expected_bytes,
         },
         "size_ratio": artifact.weight_bytes / source.weight_bytes,
+    }
+
+
+def tensor_parallel(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
+    """By size, what does not split evenly over so many GPUs: the first few, nothing if all does."""
+    checkpoint = read_checkpoint(folder)
+    sizes = sorted({*PARALLEL_SIZES, *recipe.serve.tensor_parallel_sizes})
+    return {
+        str(size): tensor_parallel_faults(checkpoint, recipe.quantize, size)[:SHOWN_FAULTS]
+        for size in sizes
     }
 
 

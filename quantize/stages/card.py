@@ -2,12 +2,13 @@
 
 Writes `record.json`::
 
-    {"schema": "quantize.card/2", "quantize": version of this program,
+    {"schema": "quantize.card/3", "quantize": version of this program,
      "recipe": the recipe with its defaults, without `publish` and `environments`,
      "target": "owner/name" if the recipe publishes to the Hub,
      "source_name", "adapter_name"?, "fine_tuned_from"?, "base_models": [Hub ids],
      "source": source.json without its folder,
      "size": {"baseline_bytes", "candidate_bytes", "parameters"},   # safetensors files
+     "plots": [names of the pictures in `plots/`], "card_template"?: sha256 of `card.md.j2`,
      "calibration"?: calibrate.json + "data_digest" and "tokens_sha256",
      "compress": compress.json, "audit": audit.json,
      "baseline"?, "candidate"?, "compare"?: their record.json,
@@ -15,25 +16,30 @@ Writes `record.json`::
      "key_inputs": {role: everything that this key is the hash of},
      "versions": {role: versions of the tools}}
 
-and `README.md`, which is a function of that record alone.
+`README.md`, which is a function of that record alone (and of `card.md.j2`, the recipe's own
+template, where it has one), `plots/*.png`, and `eval_results/*.yaml`, which go to `.eval_results/`.
 """
 
 from __future__ import annotations
 
+from hashlib import sha256
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from quantize import __version__
+from quantize.errors import SourceError
 from quantize.protocol import write_atomic, write_json
 from quantize.report.redact import base_name, redact
 from quantize.report.results import HUB_ID
 
 if TYPE_CHECKING:
     from quantize.recipe import Recipe
+    from quantize.report.page.figures import Figure
     from quantize.stages.base import Resolved, StageContext
 
 VERSION = 3
 
-SCHEMA = "quantize.card/2"
+SCHEMA = "quantize.card/3"
 MEASURED = ("baseline", "candidate", "compare")
 
 
@@ -44,20 +50,55 @@ def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
 
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     """Everything the card says beyond its inputs."""
-    return {
+    inputs = {
         "recipe": recipe_values(resolved.recipe),
         "target": _target(resolved.recipe),
         "quantize": __version__,
+        "matplotlib": metadata.version("matplotlib"),  # another one draws other bytes
     }
+    if resolved.recipe.publish.card_template is not None:
+        inputs["template"] = resolved.digests["card_template"]
+    return inputs
 
 
 def run(context: StageContext) -> None:
-    """Write `record.json` and `README.md`."""
-    from quantize.report.card import render_card  # jinja2: a plan does not pay for it
+    """Write `record.json`, `README.md`, the pictures and the benchmarks' results."""
+    from quantize.report.card import eval_results, render_card  # jinja2: no plan pays for it
 
     record = build_record(context)
+    figures = _figures(context, record)
+    if figures:
+        from quantize.report.card_plots import draw
+
+        draw(figures, context.files / "plots")
+    template = _take_template(context) if "card_template" in record else None
     write_json(context.files / "record.json", record)
-    write_atomic(context.files / "README.md", render_card(record))
+    name = context.recipe.publish.card_template or "the shipped template"
+    write_atomic(context.files / "README.md", render_card(record, template, name))
+    for file, text in eval_results(record).items():
+        (context.files / "eval_results").mkdir(exist_ok=True)
+        write_atomic(context.files / "eval_results" / file, text)
+
+
+def _take_template(context: StageContext) -> str:
+    """The recipe's template; its copy goes with the card, which can then be made again."""
+    from quantize.report.card_template import read_template
+
+    path = context.resolved.paths["card_template"]
+    text = read_template(path)
+    if sha256(text.encode()).hexdigest() != context.resolved.digests["card_template"]:
+        raise SourceError(f"{path} changed after the run began", "run the command again")
+    write_atomic(context.files / "card.md.j2", text)
+    return text
+
+
+def _figures(context: StageContext, record: dict[str, Any]) -> list[Figure]:
+    """The pictures as data; without a comparison there are none."""
+    if "compare" not in context.inputs:
+        return []
+    from quantize.report.card_plots import card_figures
+
+    return card_figures(record, context.inputs["compare"].json("details.json"))
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -102,8 +143,10 @@ def build_record(context: StageContext) -> dict[str, Any]:
     for role in MEASURED:
         if role in inputs:
             record[role] = inputs[role].json("record.json")
+    if recipe.publish.card_template is not None:
+        record["card_template"] = context.resolved.digests["card_template"]
     found: dict[str, Any] = redact(record)
-    return found
+    return found | {"plots": [figure.name for figure in _figures(context, found)]}
 
 
 def _target(recipe: Recipe) -> str | None:

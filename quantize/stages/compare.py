@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantize.report.paired.verdicts import Rules
     from quantize.stages.base import Resolved, StageContext
 
-VERSION = 2
+VERSION = 3
 
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:

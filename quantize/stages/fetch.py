@@ -11,6 +11,9 @@ with a LoRA adapter is merged in BF16 into `model/`. Writes `source.json`::
      "files": [{"name", "bytes", "sha256"}],
      "parameters": int, "weight_bytes": int, "architecture": str, "tied_embeddings": bool,
      "license", "languages", "base_model",  # as the source's card says, where it does
+     "licence_terms": {"license_name", "license_link", "extra_gated_...": text},  # likewise
+     "attention": {"layers", "kv_heads", "head_size"} or why it cannot be told,  # for the KV cache
+     "positions": int,  # max_position_embeddings, where the config has it
      "chat_template": bool}
 """
 
@@ -23,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize.capacity import attention
 from quantize.checkpoint import (
     Checkpoint,
     card_metadata,
@@ -46,7 +50,16 @@ from quantize.source_checks import check_adapter, check_checkpoint
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, FileEntry
 
-VERSION = 1
+VERSION = 2
+TERMS = (
+    "license_name",
+    "license_link",
+    "extra_gated_heading",
+    "extra_gated_prompt",
+    "extra_gated_button_content",
+)
+"""What the front matter of a source's card says of its licence and of the terms one agrees to."""
+
 BASE = "fetch-base"
 """Id of the stage that brings `model.base`."""
 
@@ -144,6 +157,7 @@ def hash_files(
 
 
 def _facts(checkpoint: Checkpoint, card: dict[str, Any]) -> dict[str, Any]:
+    positions = checkpoint.dimension("max_position_embeddings")
     return {
         "parameters": checkpoint.parameters,
         "weight_bytes": checkpoint.weight_bytes,
@@ -152,6 +166,11 @@ def _facts(checkpoint: Checkpoint, card: dict[str, Any]) -> dict[str, Any]:
         "license": card.get("license"),
         "languages": _texts(card.get("language")),
         "base_model": next(iter(_texts(card.get("base_model"))), None),
+        "licence_terms": {
+            key: value for key in TERMS if isinstance(value := card.get(key), str) and value
+        },
+        "attention": attention(checkpoint.text_config),
+        **({} if positions is None else {"positions": positions}),
         "chat_template": checkpoint.has_chat_template,
     }
 

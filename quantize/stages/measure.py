@@ -18,7 +18,7 @@ from quantize.records import MEASURE_SCHEMA, MeasureRecord, Missing
 from quantize.servers import SERVERS
 from quantize.stages.base import Resolved, StageContext
 
-VERSION = 3
+VERSION = 4
 
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """publish: the quantized checkpoint, its card and its record to a folder, to the Hub, or both.
 
-What is published: every file of the compress artifact's `model/`, the card as `README.md`, and
-below `quantize/` the card's `record.json`, the `recipe.yaml`, `provenance.json` (what it was made
-from), `model.sig` where the recipe signs, and `manifest.json`, which lists all the others. Nothing
-names a path of this machine.
+What is published: every file of the compress artifact's `model/`, the card as `README.md` with
+`.eval_results/`, and below `quantize/` the card's `record.json`, its `plots/` and `card.md.j2`, the
+`recipe.yaml`, `provenance.json` (what it was made from), `model.sig` where the recipe signs, and
+`manifest.json`, which lists all the others. Nothing names a path of this machine.
 
 Writes `receipt.json`::
 
@@ -27,7 +27,7 @@ from quantize.folder_target import publish_folder
 from quantize.keys import digest, file_sha256
 from quantize.listing import LISTING, SIGNATURE, damage, parse_listing, write_listing
 from quantize.protocol import write_atomic, write_json
-from quantize.provenance import RECIPE, RECORD, STATEMENT, statement
+from quantize.provenance import RECIPE, STATEMENT, statement
 from quantize.report.redact import base_name
 from quantize.store import VERIFY_ON_READ_BYTES, FileEntry
 
@@ -127,9 +127,8 @@ def collect(context: StageContext) -> Files:
         name = entry.name.removeprefix("model/")
         if name != entry.name and name != "README.md":  # the source's card is not this model's
             add(name, entry, compress.path / entry.name)
-    of_card = {entry.name: entry for entry in card.manifest.files}
-    add("README.md", of_card["README.md"], card.file("README.md"))
-    add(RECORD, of_card["record.json"], card.file("record.json"))
+    for entry in card.manifest.files:
+        add(published_name(entry.name), entry, card.file(entry.name))
     record = card.json("record.json")
     values = published_recipe(context.resolved, record["recipe"])
     recipe = context.files / "recipe.yaml"
@@ -144,6 +143,13 @@ def collect(context: StageContext) -> Files:
     listing = context.files / "published.json"
     add(LISTING, write_listing(listing, entries), listing)
     return Files(tuple(entries), paths)
+
+
+def published_name(name: str) -> str:
+    """Where a file of the card artifact goes; the Hub reads the README and `.eval_results/`."""
+    if name == "README.md":
+        return name
+    return f".{name}" if name.startswith("eval_results/") else f"quantize/{name}"
 
 
 def published_recipe(resolved: Resolved, values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Request body: `base_url` (of `/v1/completions`), `model` (served name), `tokeniz
 null), `cluster` (or null), `samples` and `result` (output files).
 A task's result is written when it is finished, whatever becomes of the next: `seconds`, and `value`
 with `score`, `standard_error`, `documents`, `repeats`, `clusters` (where there are any), `version`,
-`prompts_sha256`, `versions`. The result body is empty.
+`prompts_sha256`, `versions`, `dataset`. The result body is empty.
 """
 
 from __future__ import annotations
@@ -75,7 +75,25 @@ def _evaluate(body: dict[str, Any], manager: Any) -> dict[str, Any]:
         group = loaded.get("groups", {}).get(body["task"])
         tasks = [group] if group is not None else list(loaded["tasks"].values())
         answers = [_ask(body, tasks, manager, SEED + number) for number in range(body["repeats"])]
-    return collect(body, answers)
+    return collect(body, answers) | {"dataset": dataset(loaded["tasks"])}
+
+
+def dataset(tasks: dict[str, Any]) -> dict[str, str]:
+    """What a task's documents come from, as far as all its subtasks share it.
+
+    `path` (a data set on the Hub, or the name of a file format for local files), `config`, `split`.
+    """
+    found = []
+    for task in tasks.values():
+        config = task.config
+        split = config.test_split if task.has_test_docs() else config.validation_split
+        values = {"path": config.dataset_path, "config": config.dataset_name, "split": split}
+        found.append(values)
+    return {
+        key: str(value)
+        for key, value in found[0].items()
+        if value and all(other[key] == value for other in found)
+    }
 
 
 def _ask(body: dict[str, Any], tasks: list[Any], manager: Any, seed: int) -> dict[str, Any]:

@@ -341,6 +341,9 @@ def card_inputs(
         "license": "apache-2.0",
         "languages": ["en"],
         "base_model": None,
+        "licence_terms": {},
+        "attention": {"layers": 4, "kv_heads": 2, "head_size": 32},
+        "positions": 1024,
         "chat_template": True,
     }
     compress = {
@@ -360,6 +363,11 @@ def card_inputs(
         "kept_modules": ["lm_head"],
         "bytes": {"source": 1, "artifact": 1, "expected": 1},
         "size_ratio": 0.35,
+        "tensor_parallel": {
+            "1": [],
+            "2": [],
+            "4": ["model.layers.0.mlp.down_proj with 768 inputs (shares of 128 inputs each)"],
+        },
     }
     calibrate = {
         "source": "calibration.jsonl",

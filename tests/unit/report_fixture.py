@@ -390,7 +390,7 @@ def compare() -> dict[str, Any]:
 def card() -> dict[str, Any]:
     return copy.deepcopy(
         {
-            "schema": "quantize.card/2",
+            "schema": "quantize.card/3",
             "quantize": "0.1.0",
             "recipe": {
                 "version": 1,

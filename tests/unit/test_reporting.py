@@ -149,13 +149,13 @@ def test_a_run_without_a_card(store, tmp_path):
     ("text", "says"),
     [
         ("{", "cannot be read as JSON"),
-        ('{"schema": "quantize.card/2", "size": NaN}', "it holds NaN, which is no number"),
+        ('{"schema": "quantize.card/3", "size": NaN}', "it holds NaN, which is no number"),
         ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "is no record of quantize"),
         ("{}", "is no record of quantize"),
         ('{"schema": "quantize.compare/2"}', "the record of one stage (quantize.compare/2)"),
         ('{"schema": "quantize.card/1"}', "another version of quantize: quantize.card/1"),
-        ('{"schema": "quantize.card/2"}', "recipe is missing; size is missing"),
+        ('{"schema": "quantize.card/3"}', "recipe is missing; size is missing"),
     ],
 )
 def test_a_file_that_is_no_card(store, tmp_path, text, says):

@@ -6,6 +6,8 @@ record gives the same bytes with the same matplotlib: no dates, fixed ids, no us
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +55,30 @@ STATES = {
 
 def save(figure: Figure, folder: Path) -> tuple[Path, Path]:
     """Write `<name>.png` and `<name>.svg`."""
+    svg = folder / f"{figure.name}.svg"
+    with _drawn(figure) as canvas:
+        canvas.savefig(svg, metadata={"Date": None, "Creator": None})
+    return save_png(figure, folder), svg
+
+
+def save_png(figure: Figure, folder: Path) -> Path:
+    """Write `<name>.png` alone."""
+    png = folder / f"{figure.name}.png"
+    with _drawn(figure) as canvas:
+        canvas.savefig(png, dpi=DPI, metadata={"Software": None})
+    return png
+
+
+@contextmanager
+def _drawn(figure: Figure) -> Iterator[Canvas]:
+    """The picture, in the style that it must be saved with."""
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
-    png, svg = folder / f"{figure.name}.png", folder / f"{figure.name}.svg"
     with style.context(["default", STYLE]):
         canvas = Canvas(figsize=_inches(figure), layout="constrained")
         _draw(canvas, figure)
-        canvas.savefig(png, dpi=DPI, metadata={"Software": None})
-        canvas.savefig(svg, metadata={"Date": None, "Creator": None})
-    return png, svg
+        yield canvas
 
 
 def _inches(figure: Figure) -> tuple[float, float]:

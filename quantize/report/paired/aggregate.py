@@ -34,7 +34,11 @@ def average(estimates: Sequence[Student]) -> Student:
 
 
 def aggregate(deltas: Sequence[TaskDelta], estimates: Sequence[Student]) -> Aggregate:
-    """All tasks that count: the average, and the three p-values where scores are 0/1."""
+    """All tasks that count: the average, and the three p-values where scores are 0/1.
+
+    The interval of the mean recovery takes the baseline's scores as given, as that of each task
+    does; it is absent where a task's recovery is no linear function of its score (lower is better).
+    """
     mean = average(estimates)
     found = Aggregate(
         tasks=len(deltas),
@@ -46,6 +50,14 @@ def aggregate(deltas: Sequence[TaskDelta], estimates: Sequence[Student]) -> Aggr
     recoveries = [delta["recovery"] for delta in deltas if "recovery" in delta]
     if len(recoveries) == len(deltas):
         found["recovery"] = float(np.mean(recoveries))
+        if all(delta["higher_is_better"] for delta in deltas):
+            lost = average(
+                [
+                    estimate.over(delta["baseline"])
+                    for delta, estimate in zip(deltas, estimates, strict=True)
+                ]
+            )
+            found["recovery_low"], found["recovery_high"] = 1 - lost.high, 1 - lost.low
     flips = [
         (delta["lost"], delta["lost"] + delta["gained"]) for delta in deltas if "mcnemar_p" in delta
     ]

@@ -80,6 +80,16 @@ class Student:
         """
         return (self._quantile(1 - ALPHA) + self._quantile(POWER)) * self.error
 
+    def over(self, unit: float) -> Student:
+        """The same in shares of `unit`, which is taken as given."""
+        return Student(
+            self.value / unit,
+            self.middle / unit,
+            self.error / unit,
+            self.freedom,
+            self.bound / unit,
+        )
+
     def p_above(self, limit: float) -> float:
         """One-sided p-value of "the truth is at most `limit`"."""
         if self.error == 0:
