@@ -146,7 +146,7 @@ def check_card(published: Published, record: Document) -> Check:
         return Check.of("card", "", [differs(CARD, f"no card can be made: {error.message}")])
     except Exception as error:
         return Check.of("card", "", [_incomplete(RECORD, error)])
-    problems = [differs(CARD, f"{CARD} {line}") for line in lines] + problems
+    problems = [differs(CARD, f"{CARD}: {line}") for line in lines] + problems
     return Check.of("card", "is what the record says, line by line", problems)
 
 

@@ -36,6 +36,9 @@ def test_one_commit_that_holds_the_manifest(work: Work, tmp_path: Path) -> None:
             assert files[shard.name].sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
         assert {"README.md", "config.json", "tokenizer.model", "quantize/record.json"} <= set(files)
 
+        verified = work.quantize("verify", "tester/tiny-fp8", env=env)
+        assert (verified.code, verified.out.splitlines()[-1].strip()) == (0, "verified")
+
         again = work.run(RECIPE, *TARGET, env=env)
         assert {stage["state"] for stage in again["stages"]} == {"hit"}
         assert server.count("POST .*/commit/") == 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hub_fixture import TOKEN, hub_server, online
 from huggingface_hub import HfApi
 from published_fixture import Publishing, write_key
 from pydantic import ValidationError
+from records_fixture import RECIPE, resolved_recipe
 
 import quantize
 from quantize import process
@@ -26,6 +28,7 @@ from quantize.listing import SIGNATURE
 from quantize.preflight import preflight
 from quantize.recipe import Publish, Sign
 from quantize.signing import findings, identify, library
+from quantize.stages import publish
 
 PASSWORD = "correct horse/battery+staple"
 
@@ -229,8 +232,6 @@ def test_a_key_that_cannot_sign_is_found_before_anything_runs(
 def test_preflight_asks_only_where_something_is_published(
     tmp_path: Path, publishing: Publishing
 ) -> None:
-    from records_fixture import RECIPE, resolved_recipe
-
     block = {"folder": "out", "sign": {"key": str(tmp_path / "absent.pem")}}
     resolved = resolved_recipe(tmp_path, {**RECIPE, "publish": block})
     preflight(resolved, tmp_path / "store", {"measure"})
@@ -248,6 +249,9 @@ def test_the_stages_key_knows_the_public_key_alone(keys: tuple[Path, Path], tmp_
     )
     (tmp_path / "other").mkdir()
     assert identify(Sign(key=str(write_key(tmp_path / "other")[0]))) != digest
+    recipe = {**RECIPE, "publish": {"folder": "out", "sign": {"key": str(moved)}}}
+    resolved = replace(resolved_recipe(tmp_path, recipe), digests={"sign": digest})
+    assert publish.key_inputs(resolved, "publish") == {"folder": "out", "sign": digest}
 
 
 def test_without_the_extra_the_command_that_installs_it(

@@ -146,7 +146,7 @@ def test_a_changed_figure_with_listing_and_statement_made_to_fit(folder: Path, k
     found = failed(look(folder))
     assert found.keys() == {"card"}
     [line] = found["card"]
-    assert figure in line and better in line and line.startswith("README.md line ")
+    assert figure in line and better in line and line.startswith("README.md: line ")
     assert failed(look(folder, key)).keys() == {"card", "signature"}
 
 
