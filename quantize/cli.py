@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from quantize import __version__
-from quantize.errors import Interrupted, QuantizeError, UsageError
+from quantize.errors import Interrupted, QuantizeError, SourceError, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -226,6 +226,55 @@ def report(
     click.echo(f"wrote {written.page}")
     if plots is not None:
         click.echo(f"wrote {len(written.plots)} pictures to {plots}")
+
+
+@main.command()
+@click.argument("place", metavar="REPO_OR_FOLDER")
+@click.option(
+    "--revision", metavar="R", help="Repository: a commit, branch or tag  [default: main]"
+)
+@click.option(
+    "--key",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The signature must be by the holder of this public key (PEM).",
+)
+@click.option("--identity", help="The signature must be by this identity of Sigstore.")
+@click.option("--issuer", metavar="URL", help="Who vouches for --identity.")
+@click.option("--full", is_flag=True, help="Repository: download all weights and hash them here.")
+@JSON
+def verify(
+    place: str,
+    revision: str | None,
+    key: Path | None,
+    identity: str | None,
+    issuer: str | None,
+    full: bool,
+    as_json: bool,
+) -> int:
+    """Tell whether REPO_OR_FOLDER is still what was published; exit 3 and say what was changed.
+
+    Compares every file with the listing, the statement and the card with the record, and the
+    signature with --key or --identity. Of a repository, large files are compared by their sha256
+    on the Hub.
+    """
+    from quantize.progress import Progress
+    from quantize.report.verification import verification_text
+    from quantize.session import choose_view
+    from quantize.verification import Trust
+    from quantize.verifying import verify_place
+
+    trust = Trust.of(key, identity, issuer)
+    progress = Progress(choose_view(as_json, click.echo))
+    with handle_signals():
+        try:
+            found = verify_place(place, revision, trust, full=full, progress=progress)
+        finally:
+            progress.finish("done")
+    if as_json:
+        click.echo(json.dumps(found.json(), indent=1, ensure_ascii=False))
+    else:
+        click.echo(verification_text(found), nl=False)
+    return 0 if found.verified else SourceError.exit_code
 
 
 @main.command()

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,8 @@ __all__ = [
     "Access",
     "RemoteFile",
     "access_from_environment",
+    "download_file",
+    "download_files",
     "download_snapshot",
     "endpoint",
     "git_blob_id",
@@ -144,19 +146,31 @@ def download_snapshot(
     entries = []
     with _Watch(folder, total, on_progress):
         for name in sorted(names):
-            call(
-                access,
-                f"downloading {name} of {repo}",
-                _download(api, repo, commit, name, folder, repo_type),
-            )
-            if not names[name].holds(folder / name):
-                (folder / name).unlink()
-                raise TransientError(
-                    f"{name} of {repo} arrived with another checksum than the Hub lists", TRY_AGAIN
-                )
+            _fetch(access, api, repo, commit, name, names[name], folder, repo_type)
             entries.append(FileEntry(name, names[name].bytes, file_sha256(folder / name)))
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on partial downloads
     return entries
+
+
+def download_files(
+    access: Access, repo: str, commit: str, files: Mapping[str, RemoteFile], folder: Path
+) -> None:
+    """Bring some of a model's files, as :func:`list_files` gives them, into `folder`, verified."""
+    api = client(access)
+    for name in sorted(files):
+        _fetch(access, api, repo, commit, name, files[name], folder, "model")
+
+
+def download_file(access: Access, repo: str, revision: str, name: str, folder: Path) -> bool:
+    """Bring one file of a model into `folder`; False where there is no such file, or nothing."""
+    try:
+        commit = resolve_revision(access, repo, revision)
+        files = list_files(access, repo, commit)
+    except SourceError:
+        return False
+    if name in files:
+        download_files(access, repo, commit, {name: files[name]}, folder)
+    return name in files
 
 
 def require_write(access: Access, repo: str, *, pull_request: bool = False) -> str:
@@ -209,6 +223,29 @@ def git_blob_id(content: bytes) -> str:
     r"""The id git gives a file's content: sha1 of ``blob <size>\0`` and the bytes."""
     header = b"blob %d\0" % len(content)
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
+
+def _fetch(
+    access: Access,
+    api: HfApi,
+    repo: str,
+    commit: str,
+    name: str,
+    file: RemoteFile,
+    folder: Path,
+    repo_type: RepoType,
+) -> None:
+    """Bring one file into `folder`; a TransientError where its checksum is not the listed one."""
+    call(
+        access,
+        f"downloading {name} of {repo}",
+        _download(api, repo, commit, name, folder, repo_type),
+    )
+    if not file.holds(folder / name):
+        (folder / name).unlink()
+        raise TransientError(
+            f"{name} of {repo} arrived with another checksum than the Hub lists", TRY_AGAIN
+        )
 
 
 def _download(

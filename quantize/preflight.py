@@ -65,6 +65,10 @@ def preflight(
         findings += check_hub_target(resolved, recipe.publish.hub, online=online)
     if recipe.publish.url is not None and "publish" in to_run and online:
         findings += check_place(recipe.publish.url)
+    if recipe.publish.sign is not None and "publish" in to_run:
+        from quantize import signing
+
+        findings += signing.findings(recipe.publish.sign, online=online)
     raise_findings(findings)
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -34,9 +34,18 @@ SECRETS = frozenset(
         "AZURE_STORAGE_ACCOUNT_KEY",
         "AZURE_STORAGE_CONNECTION_STRING",
         "AZURE_STORAGE_SAS_TOKEN",
+        "ACTIONS_ID_TOKEN_REQUEST_TOKEN",  # whoever has it can sign as this workflow
+        "SIGSTORE_ID_TOKEN",
     }
 )
 """Variables that reach a child only when its caller passes them on by name."""
+
+_withheld: set[str] = set()
+
+
+def withhold(variables: Iterable[str]) -> None:
+    """Treat these variables like SECRETS from now on: their names are the user's choice."""
+    _withheld.update(variables)
 
 
 class Process:
@@ -127,6 +136,6 @@ def hub_token() -> dict[str, str]:
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Our environment without secrets and without what would lead a child to our packages."""
-    drop = SECRETS | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    drop = SECRETS | _withheld | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     kept = {name: value for name, value in os.environ.items() if name not in drop}
     return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", **extra}

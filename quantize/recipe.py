@@ -384,6 +384,41 @@ def _writable_url(url: str) -> str:
 Url = Annotated[str, AfterValidator(_writable_url)]
 
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""Of an environment variable; a secret itself does not belong into a recipe."""
+
+
+class Sign(Block):
+    """Who vouches for what is published: the holder of a key, or an identity of Sigstore."""
+
+    key: str | None = Field(
+        None,
+        min_length=1,
+        description="A private key (PEM; P-256, P-384, P-521), relative to the working directory.",
+    )
+    password_variable: VariableName | None = Field(
+        None, description="The environment variable with the key's password."
+    )
+    keyless: bool = Field(
+        False, description="Sign with a short-lived certificate of Sigstore instead of a key."
+    )
+    identity_token_variable: VariableName | None = Field(
+        None,
+        description="keyless: the environment variable with the OpenID Connect token; without it, "
+        "what the CI system offers.",
+    )
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> Sign:
+        if (self.key is None) == (not self.keyless):
+            raise ValueError("give either key, or keyless: true")
+        if self.key is None and self.password_variable is not None:
+            raise ValueError("password_variable without key: name the key or remove it")
+        if not self.keyless and self.identity_token_variable is not None:
+            raise ValueError("identity_token_variable is for keyless: true")
+        return self
+
+
 class Publish(Block):
     """Where the artifact goes."""
 
@@ -391,6 +426,9 @@ class Publish(Block):
     hub: Hub | None = Field(None, description="A Hub repository; needs a token that may write.")
     url: Url | None = Field(
         None, description="A bucket (s3://bucket/prefix) or another place that fsspec can write."
+    )
+    sign: Sign | None = Field(
+        None, description="Sign what is published; needs `pip install 'quantize[sign]'`."
     )
     card_template: str | None = Field(
         None,
@@ -402,6 +440,14 @@ class Publish(Block):
     def wanted(self) -> bool:
         """Whether there is any target."""
         return not (self.folder is None and self.hub is None and self.url is None)
+
+    @property
+    def secret_variables(self) -> frozenset[str]:
+        """Names of the environment variables that hold secrets of this block."""
+        named = (
+            (self.sign.password_variable, self.sign.identity_token_variable) if self.sign else ()
+        )
+        return frozenset(name for name in named if name is not None)
 
 
 class EnvironmentOverride(Block):

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from quantize.errors import SourceError, UsageError
+from quantize.errors import QuantizeError, SourceError, UsageError
 from quantize.evaluation import Evaluate
 from quantize.hash_cache import HashCache
 from quantize.keys import digest
 from quantize.model_files import any_match, checkpoint_files
-from quantize.recipe import Model, Recipe
+from quantize.recipe import Model, Recipe, Sign
 from quantize.recipe_file import load_prompts, load_suite
 from quantize.resources import find_checkpoint, find_data, find_path, find_prompts, find_suite
 from quantize.stages.base import Resolved
@@ -45,9 +46,9 @@ def resolve(
     """Digests and local paths of everything that `recipe` names.
 
     `digests` holds `model`, and where the recipe has such a part `adapter`, `base` (if it is
-    measured), `calibration`, `suite`, `text`, `own_text`, `prompts`, `tasks`, `health` and
-    `card_template`. A checkpoint folder with more than `hash_limit_bytes` that `cache_path` does
-    not know is left absent. `on_hashed` is told (bytes done, bytes in all).
+    measured), `calibration`, `suite`, `text`, `own_text`, `prompts`, `tasks`, `health`,
+    `card_template` and `sign`. A checkpoint folder with more than `hash_limit_bytes` that
+    `cache_path` does not know is left absent. `on_hashed` is told (bytes done, bytes in all).
 
     Raises SourceError for a local input that is missing or unreadable, RecipeError for a mistake in
     the suite or its prompts, and what :mod:`quantize.hub` raises when `online`.
@@ -70,6 +71,8 @@ def resolve(
             inputs.data("own_text", path, text.text, text.revision)
         if measures_base(recipe, suite):
             _resolve_base(recipe.model, folder, inputs)
+    if recipe.publish.sign is not None:
+        _resolve_signer(recipe.publish.sign, inputs)
     if recipe.publish.card_template is not None:
         _resolve_template(recipe.publish.card_template, folder, inputs)
     cache.save()
@@ -107,6 +110,14 @@ def _resolve_base(model: Model, folder: Path, inputs: _Inputs) -> None:
         inputs.hub("base", model.base, model.base_revision, "model")
     else:
         inputs.checkpoint("base", path, checkpoint_files(path))
+
+
+def _resolve_signer(sign: Sign, inputs: _Inputs) -> None:
+    """By the public key; absent where the key cannot be read, which preflight explains."""
+    from quantize import signing  # imports cryptography: only recipes that sign pay for it
+
+    with suppress(QuantizeError):
+        inputs.digests["sign"] = signing.identify(sign)
 
 
 def _resolve_template(text: str, folder: Path, inputs: _Inputs) -> None:

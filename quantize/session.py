@@ -20,6 +20,7 @@ from quantize.execute import Outcome, execute, places, select
 from quantize.plan import Plan
 from quantize.planner import plan, with_stale, with_status
 from quantize.preflight import preflight
+from quantize.process import withhold
 from quantize.progress import BarView, LineView, Progress, View
 from quantize.protocol import write_json
 from quantize.recipe_file import load_recipe
@@ -55,6 +56,7 @@ class Session:
         """Read everything that the plan depends on; nothing is written but a cache of hashes."""
         path = find_recipe(recipe)
         parsed = load_recipe(path, overrides)
+        withhold(parsed.publish.secret_variables)
         here = accelerator()
         resolved = resolve(
             parsed,

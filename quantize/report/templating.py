@@ -1,4 +1,8 @@
-"""The package's templates: a name that is not there is an error, lines of tags leave no gaps."""
+"""The package's templates: a name that is not there is an error, lines of tags leave no gaps.
+
+They run in Jinja's sandbox: a card may bring a template of its own, and `quantize verify` renders
+that of a stranger.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ Writes `record.json`::
      "compress": compress.json, "audit": audit.json,
      "baseline"?, "candidate"?, "compare"?: their record.json,
      "artifacts": {role: key of the artifact in the store that it was made from},
+     "key_inputs": {role: everything that this key is the hash of},
      "versions": {role: versions of the tools}}
 
 `README.md`, which is a function of that record alone (and of `card.md.j2`, the recipe's own
@@ -132,6 +133,7 @@ def build_record(context: StageContext) -> dict[str, Any]:
         "compress": inputs["compress"].json("compress.json"),
         "audit": inputs["audit"].json("audit.json"),
         "artifacts": {role: item.manifest.key for role, item in inputs.items()},
+        "key_inputs": {role: dict(item.manifest.key_inputs) for role, item in inputs.items()},
         "versions": {role: dict(item.manifest.versions) for role, item in inputs.items()},
     }
     record["source"]["license"] = recipe.model.license or source["license"]

@@ -2,8 +2,9 @@
 
 What is published: every file of the compress artifact's `model/`, the card as `README.md` with
 `.eval_results/`, and below `quantize/` the card's `record.json`, its `plots/` and `card.md.j2`, the
-`recipe.yaml` and `manifest.json`, which lists all the others. An adapter that is kept apart lies
-below `adapter/`. Nothing names a path of this machine.
+`recipe.yaml`, `provenance.json` (what it was made from), `model.sig` where the recipe signs, and
+`manifest.json`, which lists all the others. An adapter that is kept apart lies below `adapter/`.
+Nothing names a path of this machine.
 
 Writes `receipt.json`::
 
@@ -13,12 +14,12 @@ Writes `receipt.json`::
 
 A Hub target has `pull_request` (its address), `tag` and `collection` where the recipe asks for
 them. `changed` is False where the target held exactly these files already. Beside it lie
-`published.json` (the listing) and `recipe.yaml` as published.
+`published.json` (the listing), `recipe.yaml`, `provenance.json` and `model.sig` as published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from quantize.folder_target import publish_folder
 from quantize.keys import digest, file_sha256
 from quantize.listing import (
     LISTING,
+    SIGNATURE,
     damage,
     not_as_made,
     parse_listing,
@@ -36,12 +38,13 @@ from quantize.listing import (
     write_listing,
 )
 from quantize.protocol import write_atomic, write_json
+from quantize.provenance import RECIPE, STATEMENT, statement
 from quantize.report.redact import base_name, redact
 from quantize.stages.card import recipe_values
 from quantize.store import VERIFY_ON_READ_BYTES, FileEntry
 
 if TYPE_CHECKING:
-    from quantize.recipe import Hub, Recipe
+    from quantize.recipe import Hub, Recipe, Sign
     from quantize.stages.base import Resolved, StageContext
     from quantize.store import Artifact
 
@@ -87,6 +90,8 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         from quantize import url_client
 
         inputs["url"] = {"url": publish.url, "endpoint": url_client.endpoint(publish.url)}
+    if publish.sign is not None:
+        inputs["sign"] = resolved.digests.get("sign")  # None: the key cannot be read here
     return inputs
 
 
@@ -127,7 +132,7 @@ def run(context: StageContext) -> None:
 
 
 def collect(context: StageContext) -> Files:
-    """The files to publish; writes the recipe and the listing into the artifact."""
+    """The files to publish; writes recipe, statement, signature and listing into the artifact."""
     compress, card = context.inputs["compress"], context.inputs["card"]
     entries: list[FileEntry] = []
     paths: dict[str, Path] = {}
@@ -150,9 +155,17 @@ def collect(context: StageContext) -> Files:
                 add(entry.name, entry, adapter.file(entry.name))
     for entry in card.manifest.files:
         add(published_name(entry.name), entry, card.file(entry.name))
+    record = card.json("record.json")
+    values = published_recipe(context.resolved, record["recipe"])
     recipe = context.files / "recipe.yaml"
-    write_atomic(recipe, recipe_text(context.resolved, card.json("record.json")["recipe"]))
-    add("quantize/recipe.yaml", _entry(recipe), recipe)
+    write_atomic(recipe, recipe_text(values))
+    add(RECIPE, _entry(recipe), recipe)
+    provenance = context.files / "provenance.json"
+    write_json(provenance, statement(record, values, entries))
+    add(STATEMENT, _entry(provenance), provenance)
+    if context.recipe.publish.sign is not None:
+        signature = _sign(context, context.recipe.publish.sign, entries)
+        add(SIGNATURE, _entry(signature), signature)
     listing = context.files / "published.json"
     add(LISTING, write_listing(listing, entries), listing)
     return Files(tuple(entries), paths)
@@ -165,19 +178,55 @@ def published_name(name: str) -> str:
     return f".{name}" if name.startswith("eval_results/") else f"quantize/{name}"
 
 
-def recipe_text(resolved: Resolved, values: dict[str, Any]) -> str:
-    """The recipe as the record has it, as YAML, local inputs by their base names."""
+def recipe_text(values: dict[str, Any]) -> str:
+    """`quantize/recipe.yaml` of a recipe that names local inputs by their names alone."""
+    return RECIPE_HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def published_recipe(resolved: Resolved, values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe as the record has it, local inputs by their base names."""
     values = {key: dict(item) if isinstance(item, dict) else item for key, item in values.items()}
     for name, (block, key) in LOCAL.items():
         if name in resolved.paths and key in values.get(block, {}):
             values[block][key] = base_name(values[block][key])
-    return RECIPE_HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return values
+
+
+def _sign(context: StageContext, sign: Sign, entries: list[FileEntry]) -> Path:
+    """The signature of `entries`: an earlier one of the same files, or a new one.
+
+    It is kept in the scratch folder, too: a run that is killed before its receipt is written
+    signs nothing twice, and so sends nothing twice.
+    """
+    from quantize.signing import write_signature
+
+    target, kept = context.files / "model.sig", context.work / "model.sig"
+    digests = {entry.name: entry.sha256 for entry in entries}
+    write_signature(sign, context.recipe.name, digests, target, _earlier_signatures(context))
+    write_atomic(kept, target.read_text(encoding="utf-8"))
+    return target
+
+
+def _earlier_signatures(context: StageContext) -> Iterator[Path]:
+    """Where a signature of the same files may be: nearest first, the Hub last."""
+    yield context.work / "model.sig"
+    yield context.store.path("publish", context.entry.key or "") / "model.sig"
+    publish = context.recipe.publish
+    if publish.folder is not None:
+        yield _folder(context.recipe) / SIGNATURE
+    if publish.hub is not None:
+        from quantize.hub import access_from_environment, download_file
+
+        access = access_from_environment()
+        found = context.work / "on-the-hub"
+        if download_file(access, publish.hub.repo, publish.hub.branch, SIGNATURE, found):
+            yield found / SIGNATURE
 
 
 def recipe_as_published(resolved: Resolved) -> str:
     """The text of `quantize/recipe.yaml`, before there is a card's record."""
     values: dict[str, Any] = redact(recipe_values(resolved.recipe))
-    return recipe_text(resolved, values)
+    return recipe_text(published_recipe(resolved, values))
 
 
 def _entry(path: Path) -> FileEntry:

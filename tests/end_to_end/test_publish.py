@@ -48,13 +48,14 @@ PATHS_ALLOWED = re.compile(
 
 @dataclass(frozen=True)
 class Published:
-    """The run, the same command once more, and both servers with all that they were sent."""
+    """The run, the same command once more, `verify`, and the servers with all they were sent."""
 
     work: Work
     home: Path
     began: float
     first: Finished
     again: Finished
+    verified: Finished  # `quantize verify` of the repository
     first_writes: tuple[int, int]  # commits on the Hub, writes to S3
     hub: HubServer
     s3: S3Server
@@ -83,6 +84,10 @@ class Published:
             yield from files(store / kind / stage["key"])
         for folder in (store / ".runs", *store.glob("*/.staging"), store / ".locks"):
             yield from files(folder, since=self.began)
+
+    @property
+    def runs(self) -> tuple[Finished, ...]:
+        return self.first, self.again, self.verified
 
     def writes(self) -> tuple[int, int]:
         return _writes(self.hub, self.s3)
@@ -113,7 +118,8 @@ def published(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         writes = _writes(hub, s3)
         again = work.quantize(*arguments, env=env)
         assert again.code == 0, again.err + again.out
-        yield Published(work, home, began, first, again, writes, hub, s3)
+        verified = work.quantize("verify", REPO, env=env)
+        yield Published(work, home, began, first, again, verified, writes, hub, s3)
 
 
 def test_three_targets_hold_the_same_whole_publish(published: Published) -> None:
@@ -144,6 +150,11 @@ def test_the_same_command_again_writes_nothing(published: Published) -> None:
     assert published.writes() == published.first_writes
 
 
+def test_the_repository_verifies(published: Published) -> None:
+    assert published.verified.code == 0, published.verified.err
+    assert published.verified.out.splitlines()[-1].strip() == "verified"
+
+
 def secrets() -> dict[str, str]:
     return {"HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": SECRET}
 
@@ -168,8 +179,8 @@ def test_no_secret_is_written_printed_or_sent(published: Published) -> None:
         *files(published.folder),
         *files(cache_folder(), since=published.began),
         *files(published.home),
-        *(("output", run.out.encode()) for run in (published.first, published.again)),
-        *(("errors", run.err.encode()) for run in (published.first, published.again)),
+        *(("output", run.out.encode()) for run in published.runs),
+        *(("errors", run.err.encode()) for run in published.runs),
         *(("to the Hub", seen.searchable()) for seen in published.hub.seen),
         *(("to S3", request) for request in published.s3.sent),
         *(("S3's Authorization", text.encode()) for text in published.s3.authorizations),

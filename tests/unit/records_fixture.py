@@ -151,7 +151,9 @@ def artifact(store: Store, kind: str, key: str, files: Mapping[str, Any], **mani
                 path.write_bytes(value)
             else:
                 write_json(path, value)
-        given = {"key_inputs": {}, "recipe": "tiny", "seconds": {"total": 1.0}, "versions": {}}
+        made = {"stage": kind, "code": 1, "inputs": {}, "locks": {}, "with": {}}
+        inputs = {**made, **manifest.pop("key_inputs", {})}
+        given = {"key_inputs": inputs, "recipe": "tiny", "seconds": {"total": 1.0}, "versions": {}}
         return store.commit(staging, **{**given, **manifest})
 
 
@@ -171,7 +173,12 @@ def measure_artifact(store: Store, key: str, side: Side) -> Artifact:
     files: dict[str, Any] = {"record.json": record}
     if side.served:
         files |= _served(record, side)
-    return artifact(store, "measure", key, files, versions=record["versions"])
+    asked = {
+        "locks": {"vllm": "1" * 64, "lmeval": "2" * 64},
+        "with": {"suite": "3" * 64, "prompts": "4" * 64, "text": f"acme/valley@{'5' * 40}"},
+    }
+    versions = record["versions"]
+    return artifact(store, "measure", key, files, versions=versions, key_inputs=asked)
 
 
 def _served(record: dict[str, Any], side: Side) -> dict[str, Any]:
@@ -379,7 +386,13 @@ def card_inputs(
     comparison, details = compare(*sides.values(), rules(resolved_recipe(Path())))
     model = {"model/model.safetensors": bytes(after.weight_bytes), "model/config.json": {}}
     return sides | {
-        "fetch": artifact(store, "fetch", f"f{key}", {"source.json": {**facts, **source}}),
+        "fetch": artifact(
+            store,
+            "fetch",
+            f"f{key}",
+            {"source.json": {**facts, **source}},
+            key_inputs={"with": {"model": "6" * 64}},
+        ),
         "calibrate": artifact(
             store,
             "calibrate",
@@ -393,6 +406,7 @@ def card_inputs(
             f"q{key}",
             {"compress.json": compress, **model},
             versions={"llmcompressor": "0.14.0.1", "torch": "2.13.0"},
+            key_inputs={"locks": {"llmcompressor": "7" * 64}},
         ),
         "audit": artifact(store, "audit", f"a{key}", {"audit.json": audit}),
         "compare": artifact(

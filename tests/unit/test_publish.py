@@ -56,13 +56,27 @@ def artifact(store: Store, kind: str, contents: Mapping[str, bytes]) -> Artifact
         return store.commit(staging, key_inputs={}, recipe="tiny", seconds={}, versions={})
 
 
+def card_record(values: Mapping[str, object]) -> bytes:
+    """Of a card's record what publishing reads."""
+    record = {
+        "quantize": "1.0",
+        "recipe": values,
+        "source_name": "tiny",
+        "source": {"kind": "folder", "files": []},
+        "artifacts": {"fetch": "f" * 64},
+        "key_inputs": {"fetch": {"code": 1, "locks": {}, "with": {"model": "a" * 64}}},
+        "versions": {},
+    }
+    return json.dumps(record).encode()
+
+
 class Stage:
     """Runs the stage as the executor does, on artifacts in a real store."""
 
     def __init__(self, root: Path, contents: Mapping[str, bytes] = MODEL) -> None:
         self.root, self.store = root, Store(root / "store")
         values = recipe().model_dump(mode="json", exclude={"publish", "environments"})
-        record = json.dumps({"recipe": values}).encode()
+        record = card_record(values)
         self.compress = artifact(self.store, "compress", contents)
         self.card = artifact(self.store, "card", {"README.md": CARD, "record.json": record})
         self.lines: list[str] = []
@@ -171,7 +185,7 @@ def test_files_of_others_are_not_touched(stage: Stage, also_published: bool) -> 
     thesis.write_text("ten years of work")
     before = contents(Path("out/tiny"))
     stage.card = artifact(
-        stage.store, "card", {"README.md": b"new", "record.json": b'{"recipe": {}}'}
+        stage.store, "card", {"README.md": b"new", "record.json": card_record({})}
     )
     with pytest.raises(ConflictError, match=r"thesis\.tex") as caught:
         stage.run(recipe(), key="2" * 64)
@@ -274,7 +288,7 @@ def test_a_run_killed_between_the_two_renames_loses_nothing(stage: Stage) -> Non
     with pytest.raises(SourceError):
         # Even a run that fails puts the earlier publish back where it was.
         stage.card = artifact(
-            stage.store, "card", {"README.md": b"new", "record.json": b'{"recipe": {}}'}
+            stage.store, "card", {"README.md": b"new", "record.json": card_record({})}
         )
         stage.run(recipe(), key="2" * 64)
     assert contents(Path("out/tiny")) == earlier

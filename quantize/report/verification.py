@@ -1,0 +1,40 @@
+"""What `quantize verify` found, for a person."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from quantize.report.markdown import one_line
+from quantize.report.tables import render
+
+if TYPE_CHECKING:
+    from quantize.verification import Verification
+
+MARKS = {"passed": ("ok", "green"), "failed": ("DIFFERS", "bold red"), "skipped": ("-", "dim")}
+
+SHOWN = 20
+"""Problems of one check that are shown; `--json` has all."""
+
+
+def verification_text(found: Verification) -> str:
+    """One row a check, what it found below it, and the verdict as the last line."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    for check in found.checks:
+        mark, style = MARKS[check.outcome]
+        lines = [one_line(problem.text) for problem in check.problems[:SHOWN]]
+        more = len(check.problems) - SHOWN
+        lines += [f"and {more} more"] if more > 0 else []
+        table.add_row(check.name, Text(mark, style), Text("\n".join(lines) or check.summary))
+    failed = [check.name for check in found.checks if check.outcome == "failed"]
+    if failed:
+        verdict = Text(f"does not verify: {', '.join(failed)}", "bold red")
+    else:
+        verdict = Text("verified", "bold green")
+    return render(Group(Text(found.place, "bold"), table, verdict))
