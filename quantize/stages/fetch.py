@@ -25,8 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize.adapter import read_adapter
-from quantize.adapter_checks import check_adapter, notice
+from quantize.adapter import notice, read_adapter
+from quantize.adapter_checks import check_adapter
 from quantize.checkpoint import (
     Checkpoint,
     card_metadata,
