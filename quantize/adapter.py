@@ -117,6 +117,21 @@ def read_adapter(folder: Path) -> tuple[Adapter | None, list[Finding]]:
     return Adapter(folder, config, modules, strange), []
 
 
+def notice(adapter: Adapter, source: str) -> str | None:
+    """What a person should know of the base that the adapter names; no error."""
+    named = adapter.trained_on
+    if (
+        named is None
+        or named.rstrip("/").rpartition("/")[2] == source.rstrip("/").rpartition("/")[2]
+    ):
+        return None
+    quantized = re.search(r"bnb|[48]-?bit|gptq|awq", named, re.IGNORECASE)
+    more = (
+        "; it was trained on quantized weights, and is used with the full ones" if quantized else ""
+    )
+    return f"the adapter names {named} as its base, the recipe {source}{more}"
+
+
 def _no_config(folder: Path) -> Finding:
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = "model.adapter must be a folder that peft's save_pretrained wrote"

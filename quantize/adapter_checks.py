@@ -47,6 +47,8 @@ REFUSED = {
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """`init_lora_weights` that leave the base as it is; what changes it is refused."""
 
+EXPERTS = re.compile(r"\.experts(\.|$)")
+
 SERVED_RANK = RANKS[-1]
 
 MERGED_ELSEWHERE = "merge it with the tool that trained it, and name the result in model.source"
@@ -66,21 +68,6 @@ def check_adapter(
         findings += _name_findings(adapter, _Base(checkpoint))
         findings += _saved_findings(adapter, _Base(checkpoint))
     return findings
-
-
-def notice(adapter: Adapter, source: str) -> str | None:
-    """What a person should know of the base that the adapter names; no error."""
-    named = adapter.trained_on
-    if (
-        named is None
-        or named.rstrip("/").rpartition("/")[2] == source.rstrip("/").rpartition("/")[2]
-    ):
-        return None
-    quantized = re.search(r"bnb|[48]-?bit|gptq|awq", named, re.IGNORECASE)
-    more = (
-        "; it was trained on quantized weights, and is used with the full ones" if quantized else ""
-    )
-    return f"the adapter names {named} as its base, the recipe {source}{more}"
 
 
 class _Base:
@@ -120,7 +107,7 @@ def _config_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _expert_findings(adapter: Adapter) -> list[Finding]:
-    experts = [name for name in adapter.modules if re.search(r"\.experts(\.|$)", name)]
+    experts = [name for name in adapter.modules if EXPERTS.search(name)]
     if not experts:
         return []
     message = f"the adapter has LoRA on experts ({_some(experts)}), which is not verified"
@@ -172,7 +159,7 @@ def _name_findings(adapter: Adapter, base: _Base) -> list[Finding]:
     ]
     if wrong:
         faults.append(_some(wrong))
-    missing = [name for name in _targets(adapter.config, base) if not _adapted(adapter, name)]
+    missing = [name for name in _targets(adapter, base) if not _adapted(adapter, name)]
     if missing:
         faults.append(f"target_modules names {_some(missing)}, and it has no tensors for that")
     return [
@@ -267,12 +254,24 @@ def _saved_findings(adapter: Adapter, base: _Base) -> list[Finding]:
     return findings
 
 
-def _targets(config: Mapping[str, Any], base: _Base) -> list[str]:
-    """Modules of the base that peft would adapt, where that can be told from names."""
+def _targets(adapter: Adapter, base: _Base) -> list[str]:
+    """Modules of the base that peft would adapt, where that can be told from names.
+
+    Experts are no modules of their own in transformers 5; and a part of the base of which the
+    adapter has nothing (a vision tower) need not have been there in training.
+    """
+    config = adapter.config
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if not targets or targets == "all-linear":
         return []
-    chosen = [name for name in base.weights if _hits(targets, name, base)]
+    parts = {name.partition(".")[0] for name in adapter.modules}
+    chosen = [
+        name
+        for name in base.weights
+        if _hits(targets, name, base)
+        and name.partition(".")[0] in parts
+        and not EXPERTS.search(name)
+    ]
     if excluded:
         chosen = [name for name in chosen if not _hits(excluded, name, base)]
     layers = config.get("layers_to_transform")
@@ -289,7 +288,7 @@ def _hits(targets: Any, name: str, base: _Base) -> bool:
     info = base.weights[name]
     full = module_name(info.name) if name != "lm_head" else name
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, text) for text in (name, full))
+        return re.fullmatch(targets, full) is not None
     return len(info.shape) == 2 and any(f".{full}".endswith(f".{bare(t)}") for t in targets)
 
 

@@ -28,8 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize.adapter import read_adapter
-from quantize.adapter_checks import check_adapter, notice
+from quantize.adapter import notice, read_adapter
+from quantize.adapter_checks import check_adapter
 from quantize.capacity import attention
 from quantize.checkpoint import (
     Checkpoint,

@@ -88,13 +88,21 @@ def _refused(message: str, hint: str = "") -> WorkerError:
 def _resize(base: nn.Module, adapter: Path) -> int:
     """Give the base the rows of tokens that the adapter adds, which it brings; how many it has."""
     rows: int = base.get_input_embeddings().num_embeddings
+    ends = _ends(base)
     with safe_open(adapter / WEIGHTS, "pt") as file:
         for name in file.keys():  # noqa: SIM118
-            if name.endswith((".embed_tokens.weight", ".lm_head.weight")):
+            *_, module, part = name.replace(".base_layer.", ".").split(".")
+            if module in ends and part == "weight":
                 rows = max(rows, file.get_slice(name).get_shape()[0])
     if rows > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(rows, mean_resizing=False)
     return rows
+
+
+def _ends(base: nn.Module) -> set[str]:
+    """What the embedding and the head are called: the last parts of their names."""
+    both = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {name.rpartition(".")[2] for name, module in base.named_modules() if module in both}
 
 
 def _check_tokenizer(folder: Path, embeddings: int) -> None:
@@ -119,7 +127,7 @@ def _untie(base: nn.Module, config: LoraConfig, adapter: Path) -> bool:
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return False
-    ends = {name.rpartition(".")[2] for name, m in base.named_modules() if m in (head, embedding)}
+    ends = _ends(base)
     with safe_open(adapter / WEIGHTS, "pt") as file:
         parts = [name.split(".") for name in file.keys()]  # noqa: SIM118
     adapted = any(

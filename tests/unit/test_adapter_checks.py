@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from quantize.adapter import bare, read_adapter
-from quantize.adapter_checks import HARMLESS, REFUSED, check_adapter, notice
+from quantize.adapter import bare, notice, read_adapter
+from quantize.adapter_checks import HARMLESS, REFUSED, check_adapter
 from quantize.checkpoint import read_checkpoint
 from tests.unit.adapters import write_adapter
 from tests.unit.checkpoints import (
