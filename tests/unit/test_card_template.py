@@ -45,7 +45,7 @@ def test_a_block_is_overridden_and_the_rest_stays(record):
     card = render_card(record, OWN)
     shipped = render_card(record)
     assert "\nOurs: tiny-llama-awq, 0.350 of the size.\n" in card
-    assert "left; perplexity" not in card
+    assert "BF16's score kept" not in card
     assert card.split("## Size and memory")[1] == shipped.split("## Size and memory")[1]
     assert differences(card, record, OWN) == []
     assert differences(card, record)
