@@ -85,7 +85,8 @@ def statement(
 def dependencies(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """in-toto ResourceDescriptors of everything from outside that the result depends on."""
     inputs = record["key_inputs"]
-    source, fetched = record["source"], inputs["fetch"]["with"]
+    source, apart = record["source"], inputs.get("adapter", {"with": {}})
+    fetched = {**inputs["fetch"]["with"], **apart["with"]}
     found = [_input("source", record["source_name"], fetched["model"])]
     if source["kind"] != "merged":  # else the files are those of the merge
         found += [_file("source file", file["name"], file["sha256"]) for file in source["files"]]

@@ -93,6 +93,20 @@ def test_sources_on_the_hub_by_their_commits(record: dict[str, Any]) -> None:
     assert by_role(made, "source file") == [], "those are files of the merge"
 
 
+def test_an_adapter_that_is_kept_apart_is_named_too(record: dict[str, Any]) -> None:
+    assert not by_role(dependencies(record), "adapter")
+    record["adapter_name"] = "lora"
+    record["key_inputs"]["adapter"] = {
+        "code": 1,
+        "locks": {},
+        "with": {"adapter": "e" * 64, "adapter_tokenizer": "f" * 64},
+    }
+    (adapter,) = by_role(dependencies(record), "adapter")
+    assert (adapter["name"], adapter["digest"]) == ("lora", {"sha256": "e" * 64})
+    (tokenizer,) = by_role(dependencies(record), "adapter_tokenizer")
+    assert tokenizer["digest"] == {"sha256": "f" * 64}
+
+
 def test_what_was_not_done_is_not_named(record: dict[str, Any]) -> None:
     for role in ("calibrate", "baseline", "candidate", "compare"):
         del record["key_inputs"][role]
