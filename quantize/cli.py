@@ -260,8 +260,8 @@ def verify(
     from quantize.progress import Progress
     from quantize.report.verification import verification_text
     from quantize.session import choose_view
-    from quantize.verification import Trust
-    from quantize.verifying import verify_place
+    from quantize.verify.checks import verify_place
+    from quantize.verify.verification import Trust
 
     trust = Trust.of(key, identity, issuer)
     progress = Progress(choose_view(as_json, click.echo))

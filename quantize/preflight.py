@@ -190,7 +190,7 @@ def _largest_parts(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Finding]:
     """Whether there is a token for the Hub, and whether the Hub says that the target fits."""
-    from quantize.hub import access_from_environment  # only recipes that publish pay for it
+    from quantize.hub.client import access_from_environment  # only recipes that publish pay for it
 
     access = access_from_environment()
     if access.token is None:
@@ -199,7 +199,7 @@ def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Find
         return [Finding(message, hint, CredentialsError)]
     if not online:
         return []
-    from quantize.hub_preflight import check_hub
+    from quantize.hub.preflight import check_hub
     from quantize.stages.publish import recipe_as_published
 
     return check_hub(access, resolved, hub, lambda: recipe_as_published(resolved))
@@ -207,7 +207,7 @@ def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Find
 
 def check_place(url: str) -> list[Finding]:
     """Whether a URL can be published to: backend, credentials, bucket, and whose files it holds."""
-    from quantize.url_target import check_url
+    from quantize.bucket.target import check_url
 
     try:
         check_url(url)

@@ -247,7 +247,9 @@ class _Inputs:
         """A Hub repository: ``repo@commit`` when the commit is pinned or may be looked up."""
         commit = revision if revision and COMMIT.fullmatch(revision) else None
         if commit is None and self.online:
-            from quantize import hub  # imports an HTTP client: only runs that go online pay for it
+            from quantize.hub import (
+                repository as hub,  # imports an HTTP client: only runs that go online pay for it
+            )
 
             commit = hub.resolve_revision(hub.access_from_environment(), repo, revision, kind)
         if commit is not None:

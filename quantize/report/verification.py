@@ -12,7 +12,7 @@ from quantize.report.markdown import one_line
 from quantize.report.tables import render
 
 if TYPE_CHECKING:
-    from quantize.verification import Verification
+    from quantize.verify.verification import Verification
 
 MARKS = {"passed": ("ok", "green"), "failed": ("DIFFERS", "bold red"), "skipped": ("-", "dim")}
 

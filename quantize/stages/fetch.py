@@ -208,7 +208,9 @@ def _unchanged(
 
 def _download(context: StageContext, name: str, folder: Path, patterns: Sequence[str]) -> Path:
     """The pinned Hub snapshot of `name` (model or adapter) in `folder`, continued after a kill."""
-    from quantize import hub  # imports an HTTP client: only runs that go online pay for it
+    from quantize.hub import (
+        repository as hub,  # imports an HTTP client: only runs that go online pay for it
+    )
 
     repo, _, commit = context.resolved.digests[name].rpartition("@")
     access = hub.access_from_environment()

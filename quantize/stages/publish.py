@@ -83,13 +83,13 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     publish = resolved.recipe.publish
     inputs: dict[str, Any] = {"folder": publish.folder}
     if publish.hub is not None:
-        from quantize.hub import endpoint
+        from quantize.hub.client import endpoint
 
         inputs["hub"] = publish.hub.model_dump(mode="json") | {"endpoint": endpoint()}
     if publish.url is not None:
-        from quantize import url_client
+        from quantize.bucket.client import endpoint as s3_endpoint
 
-        inputs["url"] = {"url": publish.url, "endpoint": url_client.endpoint(publish.url)}
+        inputs["url"] = {"url": publish.url, "endpoint": s3_endpoint(publish.url)}
     if publish.sign is not None:
         inputs["sign"] = resolved.digests.get("sign")  # None: the key cannot be read here
     return inputs
@@ -215,7 +215,8 @@ def _earlier_signatures(context: StageContext) -> Iterator[Path]:
     if publish.folder is not None:
         yield _folder(context.recipe) / SIGNATURE
     if publish.hub is not None:
-        from quantize.hub import access_from_environment, download_file
+        from quantize.hub.client import access_from_environment
+        from quantize.hub.repository import download_file
 
         access = access_from_environment()
         found = context.work / "on-the-hub"
@@ -260,9 +261,10 @@ def _to_folder(context: StageContext, files: Files) -> dict[str, Any]:
 def _to_hub(context: StageContext, files: Files, hub: Hub) -> dict[str, Any]:
     import huggingface_hub
 
-    from quantize.hub import access_from_environment, require_write
-    from quantize.hub_preflight import target_of
-    from quantize.hub_push import push
+    from quantize.hub.client import access_from_environment
+    from quantize.hub.preflight import target_of
+    from quantize.hub.push import push
+    from quantize.hub.repository import require_write
 
     access = access_from_environment()
     require_write(access, hub.repo, pull_request=hub.pull_request)
@@ -295,8 +297,8 @@ def _to_hub(context: StageContext, files: Files, hub: Hub) -> dict[str, Any]:
 def _to_url(context: StageContext, files: Files, url: str) -> dict[str, Any]:
     import fsspec
 
-    from quantize.url_client import endpoint, open_place
-    from quantize.url_target import publish_url
+    from quantize.bucket.client import endpoint, open_place
+    from quantize.bucket.target import publish_url
 
     where = digest([url, endpoint(url)])[:16]
     changed = publish_url(

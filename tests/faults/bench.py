@@ -133,9 +133,9 @@ class Bench:
         self._begun.clear()
         result, output = self.folder / "result.json", self.folder / "output.txt"
         result.unlink(missing_ok=True)
-        settings: dict[str, Any] = {"hub_files.IN_MEMORY_BYTES": IN_MEMORY_BYTES}
+        settings: dict[str, Any] = {"files.IN_MEMORY_BYTES": IN_MEMORY_BYTES}
         if timeout is not None:
-            settings["hub_client.TIMEOUT_SECONDS"] = timeout
+            settings["client.TIMEOUT_SECONDS"] = timeout
         job = {
             "endpoint": self.server.endpoint,
             "folder": str(version.folder),

@@ -20,9 +20,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from quantize import hub_client, hub_files, hub_push
 from quantize.errors import QuantizeError
-from quantize.hub_client import Access
+from quantize.hub import client, files, push
+from quantize.hub.client import Access
 from quantize.store import FileEntry
 
 LONGEST_SLEEP_SECONDS = 0.01
@@ -48,7 +48,7 @@ def _warm_up() -> None:
     import huggingface_hub.hf_api
     import huggingface_hub.utils.tqdm  # noqa: F401
 
-    hub_client.client(Access("http://127.0.0.1:1", "none"))
+    client.client(Access("http://127.0.0.1:1", "none"))
 
 
 def _child(job: dict[str, Any]) -> None:
@@ -87,14 +87,14 @@ def _shorten_sleeps() -> list[float]:
 
 def _push(job: dict[str, Any]) -> dict[str, Any]:
     for name, value in job["settings"].items():  # "module.NAME": sizes and times of small models
-        module = {"hub_client": hub_client, "hub_files": hub_files}[name.partition(".")[0]]
+        module = {"client": client, "files": files}[name.partition(".")[0]]
         assert hasattr(module, name.partition(".")[2]), name
         setattr(module, name.partition(".")[2], value)
     access = Access(job["endpoint"], os.environ["HF_TOKEN"])
-    files, paths = _listed(Path(job["folder"]))
-    target = hub_push.Target(**job["target"])
+    entries, paths = _listed(Path(job["folder"]))
+    target = push.Target(**job["target"])
     try:
-        pushed = hub_push.push(access, target, files, paths, job["message"])
+        pushed = push.push(access, target, entries, paths, job["message"])
     except QuantizeError as error:
         kind = type(error).__name__
         return {"code": error.exit_code, "error": kind, "text": f"{error.message}\n{error.hint}"}

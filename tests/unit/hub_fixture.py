@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from quantize.hub import Access
-from quantize.hub_push import Pushed, Target, push
+from quantize.hub.client import Access
+from quantize.hub.push import Pushed, Target, push
 from quantize.listing import LISTING, write_listing
 from quantize.store import FileEntry
 from tests.hub_server import Account, Fault, Hub, HubServer

@@ -22,7 +22,6 @@ from hub_fixture import (
 )
 from huggingface_hub import constants
 
-from quantize import hub
 from quantize.errors import (
     CredentialsError,
     Interrupted,
@@ -32,7 +31,8 @@ from quantize.errors import (
     ToolError,
     TransientError,
 )
-from quantize.hub_client import call, translate
+from quantize.hub import repository as hub
+from quantize.hub.client import call, translate
 from tests.hub_server import Fault
 from tests.hub_server.state import File
 

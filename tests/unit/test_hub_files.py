@@ -20,7 +20,7 @@ from hub_fixture import (
 )
 
 from quantize.errors import ConflictError, SourceError, ToolError
-from quantize.hub_push import push
+from quantize.hub.push import push
 from quantize.listing import LISTING
 from tests.hub_server import Fault, Hub
 from tests.hub_server.repos import File

@@ -22,9 +22,9 @@ from hub_fixture import (
 
 from quantize.errors import ConflictError, CredentialsError, QuantizeError, UsageError
 from quantize.findings import Finding
-from quantize.hub import require_write
-from quantize.hub_preflight import check_hub, source_limit
-from quantize.hub_target import Limit
+from quantize.hub.preflight import check_hub, source_limit
+from quantize.hub.repository import require_write
+from quantize.hub.target import Limit
 from quantize.recipe import Hub, Model, Publish, Quantize, Recipe
 from quantize.stages.base import Resolved
 from quantize.stages.publish import recipe_as_published

@@ -23,7 +23,7 @@ from hub_fixture import (
 from huggingface_hub import constants
 
 from quantize.errors import ConflictError, CredentialsError, SourceError, ToolError, TransientError
-from quantize.hub_push import Pushed, Target, push
+from quantize.hub.push import Pushed, Target, push
 from quantize.listing import LISTING
 from tests.hub_server import Fault
 from tests.hub_server.state import File

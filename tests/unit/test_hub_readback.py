@@ -12,8 +12,8 @@ import pytest
 from hub_fixture import CONTENTS, MESSAGE, TARGET, access, hub_server, online, write_files
 
 from quantize.errors import CredentialsError, ToolError, TransientError
-from quantize.hub_push import push
-from quantize.hub_readback import RANGE_BYTES, read_range
+from quantize.hub.push import push
+from quantize.hub.readback import RANGE_BYTES, read_range
 from tests.hub_server import Fault, HubServer, messages, routes_read
 from tests.hub_server.repos import File
 

@@ -19,6 +19,9 @@ import pytest
 from botocore.exceptions import ClientError
 from hub_fixture import write_files
 
+from quantize.bucket.client import Place, endpoint, etag_of, open_place
+from quantize.bucket.errors import clean, translate
+from quantize.bucket.target import PUBLISHING, check_url, publish_url
 from quantize.errors import (
     ConflictError,
     CredentialsError,
@@ -30,9 +33,6 @@ from quantize.errors import (
     UsageError,
 )
 from quantize.listing import LISTING
-from quantize.url_client import Place, endpoint, etag_of, open_place
-from quantize.url_errors import clean, translate
-from quantize.url_target import PUBLISHING, check_url, publish_url
 from tests.s3_server import BUCKET, KEY_ID, SECRET, S3Server, credentials, s3_server
 
 URL = f"s3://{BUCKET}/acme/tiny"
@@ -241,7 +241,7 @@ class Killer:
     def __init__(self, server: S3Server) -> None:
         self.server = server
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["s3fs", "quantize.url_target", "test_url_target"])
+        self.context.set_forkserver_preload(["s3fs", "quantize.bucket.target", "test_url_target"])
 
     def run(self, made: Made, url: str, number: int, pattern: str = "") -> str | None:
         """The request at which the process was killed; None if it finished before.
@@ -472,7 +472,7 @@ def test_a_bucket_that_tells_no_md5(
     server: S3Server, new: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that is encrypted with a key of KMS: files are read back whole instead."""
-    monkeypatch.setattr("quantize.url_target.etag_of", lambda path, part_bytes: "0" * 32)
+    monkeypatch.setattr("quantize.bucket.target.etag_of", lambda path, part_bytes: "0" * 32)
     new.publish()
     assert server.count("GET .*model-3") == 1
     assert new.publish() is False

@@ -26,9 +26,9 @@ from quantize.progress import LineView, Progress
 from quantize.provenance import RECIPE, RECORD, STATEMENT
 from quantize.report.card import render_card
 from quantize.report.verification import verification_text
-from quantize.verification import Trust, Verification
-from quantize.verify_documents import TEMPLATE
-from quantize.verifying import verify_place
+from quantize.verify.checks import verify_place
+from quantize.verify.documents import TEMPLATE
+from quantize.verify.verification import Trust, Verification
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantize.errors import ToolError
-from quantize.hub import list_files
-from quantize.hub_client import TRY_AGAIN, Access, call
-from quantize.hub_target import Local, Target
+from quantize.hub.client import TRY_AGAIN, Access, call
+from quantize.hub.repository import list_files
+from quantize.hub.target import Local, Target
 from quantize.store import FileEntry
 
 RANGE_BYTES = 64 << 10

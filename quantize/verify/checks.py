@@ -23,10 +23,8 @@ from quantize.errors import SourceError
 from quantize.listing import LISTING, SIGNATURE
 from quantize.progress import Progress
 from quantize.provenance import RECIPE, RECORD
-from quantize.published import Published, is_ours, read_published
 from quantize.tensors import read_header
-from quantize.verification import Check, Problem, Trust, Verification
-from quantize.verify_documents import (
+from quantize.verify.documents import (
     check_card,
     check_record,
     check_statement,
@@ -34,6 +32,8 @@ from quantize.verify_documents import (
     document,
     load_yaml,
 )
+from quantize.verify.published import Published, is_ours, read_published
+from quantize.verify.verification import Check, Problem, Trust, Verification
 
 LARGE_BYTES = 1 << 30
 """From here on reading takes long enough to tell of it."""

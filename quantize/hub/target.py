@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantize.errors import ConflictError, QuantizeError, SourceError, ToolError
-from quantize.hub import COMMIT, RemoteFile, git_blob_id, list_files
-from quantize.hub_client import TRY_AGAIN, Access, call, client
+from quantize.hub.client import TRY_AGAIN, Access, call, client
+from quantize.hub.repository import COMMIT, RemoteFile, git_blob_id, list_files
 from quantize.listing import LISTING, not_as_made, parse_listing
 from quantize.store import FileEntry
 

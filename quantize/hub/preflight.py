@@ -11,10 +11,10 @@ import yaml
 
 from quantize.errors import QuantizeError, SourceError, TransientError
 from quantize.findings import Finding
-from quantize.hub import require_write
-from quantize.hub_client import Access
-from quantize.hub_refs import check_collection, check_tag
-from quantize.hub_target import (
+from quantize.hub.client import Access
+from quantize.hub.refs import check_collection, check_tag
+from quantize.hub.repository import require_write
+from quantize.hub.target import (
     VISIBILITIES,
     Limit,
     Target,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from quantize.errors import ConflictError, SourceError, TransientError, UsageError
-from quantize.hub_client import TRY_AGAIN, Access, call, client
+from quantize.hub.client import TRY_AGAIN, Access, call, client
 
 
 @dataclass(frozen=True)

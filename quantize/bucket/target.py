@@ -25,11 +25,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from quantize.errors import ConflictError, ToolError
-from quantize.keys import file_sha256
-from quantize.listing import LISTING, not_as_made, parse_listing
-from quantize.store import FileEntry
-from quantize.url_client import (
+from quantize.bucket.client import (
     Place,
     RemoteFile,
     delete,
@@ -43,6 +39,10 @@ from quantize.url_client import (
     sha256,
     write,
 )
+from quantize.errors import ConflictError, ToolError
+from quantize.keys import file_sha256
+from quantize.listing import LISTING, not_as_made, parse_listing
+from quantize.store import FileEntry
 
 PUBLISHING = "quantize/publishing.json"
 SCHEMA = "quantize.publishing/1"
@@ -108,7 +108,7 @@ def publish_url(
     `files` contains the listing. `lock` keeps runs on this machine from one place; one on another
     machine is noticed before the listing is written. Raises ConflictError for files of others,
     SourceError for a local file that is not what its entry says (before anything is changed), and
-    what :func:`quantize.url_errors.translate` makes of the backend's errors.
+    what :func:`quantize.bucket.errors.translate` makes of the backend's errors.
     """
     entries = {entry.name: entry for entry in files if entry.name != LISTING}
     local = _Local(entries, paths, place.part_bytes)

@@ -118,7 +118,7 @@ def _walk(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
 def _read_repository(
     repo: str, revision: str | None, work: Path, full: bool, on_progress: OnProgress
 ) -> Published:
-    from quantize import hub
+    from quantize.hub import repository as hub
 
     access = hub.access_from_environment()
     commit = hub.resolve_revision(access, repo, revision)

@@ -1,6 +1,6 @@
-"""The one place that talks to the Hub: revisions, downloads, permissions.
+"""Reading the Hub: revisions, files, downloads, permissions.
 
-Pushing is in :mod:`quantize.hub_push`; the client and its errors are in :mod:`quantize.hub_client`.
+Pushing is in :mod:`quantize.hub.push`; the client and its errors are in :mod:`quantize.hub.client`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantize.errors import CredentialsError, SourceError, ToolError, TransientError
-from quantize.hub_client import (
+from quantize.hub.client import (
     TRY_AGAIN,
     Access,
     access_from_environment,

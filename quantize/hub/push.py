@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import ConflictError, Interrupted, QuantizeError, TransientError
-from quantize.hub import OnProgress, list_files
-from quantize.hub_client import (
+from quantize.hub.client import (
     TRY_AGAIN,
     Access,
     client,
@@ -27,9 +26,9 @@ from quantize.hub_client import (
     retry_after_seconds,
     translate,
 )
-from quantize.hub_files import Addition, check_card, checked, upload
-from quantize.hub_readback import verify_shards, verify_tree
-from quantize.hub_refs import (
+from quantize.hub.files import Addition, check_card, checked, upload
+from quantize.hub.readback import verify_shards, verify_tree
+from quantize.hub.refs import (
     PullRequest,
     check_tag,
     close_others,
@@ -38,7 +37,8 @@ from quantize.hub_refs import (
     put_in_collection,
     put_tag,
 )
-from quantize.hub_target import (
+from quantize.hub.repository import OnProgress, list_files
+from quantize.hub.target import (
     Branch,
     Change,
     Limit,

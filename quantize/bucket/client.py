@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from quantize.bucket.errors import translate
 from quantize.errors import CredentialsError, QuantizeError, ResourceError, UsageError
-from quantize.url_errors import translate
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import ConflictError, SourceError
-from quantize.hub import OnProgress
-from quantize.hub_client import Access, call, clean, client
-from quantize.hub_target import Branch, Local, Target
+from quantize.hub.client import Access, call, clean, client
+from quantize.hub.repository import OnProgress
+from quantize.hub.target import Branch, Local, Target
 from quantize.listing import not_as_made, refuse_hidden
 from quantize.store import FileEntry
 

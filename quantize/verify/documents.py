@@ -25,10 +25,10 @@ from quantize.provenance import (
     STATEMENT_TYPE,
     statement,
 )
-from quantize.published import Published
 from quantize.report.redact import base_name
 from quantize.store import FileEntry
-from quantize.verification import Check, Problem
+from quantize.verify.published import Published
+from quantize.verify.verification import Check, Problem
 
 CARD = "README.md"
 RESULTS = ".eval_results/"

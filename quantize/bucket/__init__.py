@@ -1,0 +1,1 @@
+"""Buckets, and every other place that fsspec can write: publishing to a URL."""

@@ -1,0 +1,1 @@
+"""Whether a published checkpoint is still what was published: `quantize verify`."""
