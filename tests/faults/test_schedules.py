@@ -29,6 +29,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.timeout(3600)  # minutes, or many on a busy machine
 @pytest.mark.parametrize("major", [1, 2])
 def test_main_is_the_old_version_or_the_new_one(major: int, tmp_path: Path) -> None:
     outcome = run_campaign(major, tmp_path, PART)
