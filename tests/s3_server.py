@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import boto3
@@ -35,6 +36,7 @@ class S3Server:
     after: Callable[[int, str], None] = lambda number, request: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @cached_property
     def client(self) -> Any:
         """Another client than the one under test, to look at what is there."""
         return boto3.client(
@@ -47,7 +49,7 @@ class S3Server:
 
     def contents(self, prefix: str = "", bucket: str = BUCKET) -> dict[str, bytes]:
         """Every object below `prefix`, its name without it."""
-        client = self.client()
+        client = self.client
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return {
             item["Key"].removeprefix(prefix): client.get_object(Bucket=bucket, Key=item["Key"])[
@@ -118,7 +120,7 @@ def s3_server() -> Iterator[S3Server]:
     thread.start()
     server.endpoint = f"http://127.0.0.1:{http.server_port}"
     try:
-        server.client().create_bucket(Bucket=BUCKET)
+        server.client.create_bucket(Bucket=BUCKET)
         server.forget()
         yield server
     finally:

@@ -77,7 +77,7 @@ def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 def put(server: S3Server, contents: Mapping[str, bytes], prefix: str) -> None:
     """Make the bucket hold these below the prefix, and nothing else there."""
-    client = server.client()
+    client = server.client
     for name in server.contents(prefix):
         client.delete_object(Bucket=BUCKET, Key=prefix + name)
     for name, content in contents.items():
@@ -190,7 +190,7 @@ def test_files_of_others_are_not_touched(
 
 def test_a_neighbour_with_the_same_beginning_is_no_part_of_it(server: S3Server, new: Made) -> None:
     put(server, {"x": b"another model"}, "acme/tiny-2/")
-    client = server.client()
+    client = server.client
     client.put_object(Bucket=BUCKET, Key=PREFIX, Body=b"")  # what consoles make of a new folder
     new.publish()
     assert server.contents("acme/tiny-2/") == {"x": b"another model"}
@@ -207,10 +207,8 @@ def test_what_somebody_changed_is_sent_again(server: S3Server, new: Made) -> Non
     new.publish()
     middle = bytearray(NEW["model-3.safetensors"])
     middle[len(middle) // 2] ^= 1
-    server.client().put_object(
-        Bucket=BUCKET, Key=PREFIX + "model-3.safetensors", Body=bytes(middle)
-    )
-    server.client().delete_object(Bucket=BUCKET, Key=PREFIX + "README.md")
+    server.client.put_object(Bucket=BUCKET, Key=PREFIX + "model-3.safetensors", Body=bytes(middle))
+    server.client.delete_object(Bucket=BUCKET, Key=PREFIX + "README.md")
     assert new.publish() is True
     assert server.contents(PREFIX) == new.published
 
@@ -302,7 +300,7 @@ def test_a_kill_at_each_request(server: S3Server, old: Made, new: Made, pattern:
         for name in NEW.keys() - {"config.json"}:
             times = server.count(f"PUT /{BUCKET}/{prefix}{name}$")
             assert times <= 1 + (f"/{name}" in request), (request, name)
-        uploads = server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+        uploads = server.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
         assert not uploads, request
     assert schedules >= (10 if pattern else 20), schedules
 
@@ -415,7 +413,7 @@ def test_a_server_that_is_not_there(server: S3Server, monkeypatch: pytest.Monkey
 def test_preflight_may_write_and_leaves_nothing(server: S3Server) -> None:
     check_url(URL)
     assert server.contents() == {}
-    assert not server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+    assert not server.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
     failing(server, r"POST .*\?uploads", 403)
     with pytest.raises(CredentialsError, match="asking whether"):
         check_url(URL)
@@ -425,7 +423,7 @@ def test_another_run_at_the_same_time(server: S3Server, old: Made, new: Made) ->
     def meanwhile(_: int, request: str) -> None:
         if request.startswith("PUT") and "model-2" in request:
             server.after = lambda number, request: None
-            server.client().put_object(Bucket=BUCKET, Key=PREFIX + PUBLISHING, Body=b"{}")
+            server.client.put_object(Bucket=BUCKET, Key=PREFIX + PUBLISHING, Body=b"{}")
 
     server.after = meanwhile
     with pytest.raises(ConflictError, match="another run is publishing"):
@@ -437,7 +435,7 @@ def test_files_that_appear_meanwhile(server: S3Server, new: Made) -> None:
     def meanwhile(_: int, request: str) -> None:
         if request.startswith("PUT") and "model-2" in request:
             server.after = lambda number, request: None
-            server.client().put_object(Bucket=BUCKET, Key=PREFIX + "model-9.safetensors", Body=b"")
+            server.client.put_object(Bucket=BUCKET, Key=PREFIX + "model-9.safetensors", Body=b"")
 
     server.after = meanwhile
     with pytest.raises(ConflictError, match="got files of others"):
@@ -450,7 +448,7 @@ def test_a_store_that_loses_a_byte(server: S3Server, new: Made) -> None:
         if request.startswith("PUT") and "model-2" in request:
             server.after = lambda number, request: None
             body = NEW["model-2.safetensors"][:-1] + b"!"
-            server.client().put_object(Bucket=BUCKET, Key=PREFIX + "model-2.safetensors", Body=body)
+            server.client.put_object(Bucket=BUCKET, Key=PREFIX + "model-2.safetensors", Body=body)
 
     server.after = meanwhile
     with pytest.raises(ToolError, match=r"does not hold what was sent: model-2\.safetensors"):
@@ -464,7 +462,7 @@ def test_a_store_that_loses_a_byte(server: S3Server, new: Made) -> None:
 def test_an_etag_is_what_the_server_says(server: S3Server, tmp_path: Path, size: int) -> None:
     made = Made(tmp_path / "made", {"a": os.urandom(size)})
     made.publish()
-    found = server.client().head_object(Bucket=BUCKET, Key=PREFIX + "a")["ETag"]
+    found = server.client.head_object(Bucket=BUCKET, Key=PREFIX + "a")["ETag"]
     assert etag_of(made.folder / "a", PART) == found.strip('"')
 
 
