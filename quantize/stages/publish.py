@@ -130,11 +130,11 @@ def collect(context: StageContext) -> Files:
     for entry in card.manifest.files:
         add(published_name(entry.name), entry, card.file(entry.name))
     record = card.json("record.json")
-    values = published_recipe(context.resolved, record["recipe"])
     recipe = context.files / "recipe.yaml"
-    write_atomic(recipe, RECIPE_HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_atomic(recipe, recipe_text(context.resolved, record["recipe"]))
     add(RECIPE, _entry(recipe), recipe)
     provenance = context.files / "provenance.json"
+    values = published_recipe(context.resolved, record["recipe"])
     write_json(provenance, statement(record, values, entries))
     add(STATEMENT, _entry(provenance), provenance)
     if context.recipe.publish.sign is not None:
@@ -150,6 +150,12 @@ def published_name(name: str) -> str:
     if name == "README.md":
         return name
     return f".{name}" if name.startswith("eval_results/") else f"quantize/{name}"
+
+
+def recipe_text(resolved: Resolved, values: dict[str, Any]) -> str:
+    """:func:`published_recipe` as YAML."""
+    values = published_recipe(resolved, values)
+    return RECIPE_HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def published_recipe(resolved: Resolved, values: dict[str, Any]) -> dict[str, Any]:

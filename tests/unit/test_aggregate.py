@@ -92,8 +92,27 @@ def test_the_average_covers_at_its_rate():
     assert 0.935 <= hits / 1500 <= 0.97
 
 
+def test_the_mean_recovery_has_the_interval_of_losses_in_shares():
+    """One task: that of its own recovery. Two: independent errors, each over its own score."""
+    lost = [Student(0.02, 0.02, 0.01, np.inf), Student(0.03, 0.03, 0.02, np.inf)]
+    tasks = [
+        task("a", 5, 3, baseline=0.5, recovery=0.96),
+        task("b", 9, 5, baseline=0.8, recovery=1 - 0.03 / 0.8),
+    ]
+    one = aggregate(tasks[:1], lost[:1])
+    assert one["recovery_low"] == pytest.approx(1 - (0.02 + 1.959964 * 0.01) / 0.5)
+    assert one["recovery_high"] == pytest.approx(1 - (0.02 - 1.959964 * 0.01) / 0.5)
+    both = aggregate(tasks, lost)
+    error = np.hypot(0.01 / 0.5, 0.02 / 0.8) / 2
+    assert both["recovery_high"] - both["recovery_low"] == pytest.approx(2 * 1.959964 * error)
+    assert (both["recovery_low"] + both["recovery_high"]) / 2 == pytest.approx(both["recovery"])
+    down = [tasks[0], tasks[1] | {"higher_is_better": False}]
+    assert "recovery_low" not in aggregate(down, lost)
+
+
 def task(name, lost, gained, **more):
-    return {"name": name, "documents": 100, "lost": lost, "gained": gained, **more}
+    scores = {"higher_is_better": True, "baseline": 1.0}
+    return {"name": name, "documents": 100, "lost": lost, "gained": gained, **scores, **more}
 
 
 def test_the_aggregate_of_a_record():

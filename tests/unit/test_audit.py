@@ -439,6 +439,10 @@ def test_the_stage_writes_its_record(tmp_path: Path, source: Path, ours: Path) -
     audit = json.loads((context.files / "audit.json").read_text())
     assert all(check["passed"] for check in audit["checks"])
     assert any("reading tensors" in line for line in lines)
+    parallel = audit["tensor_parallel"]
+    assert list(parallel) == ["1", "2", "4", "8"]
+    assert parallel["1"] == []
+    assert any("attention heads" in fault for fault in parallel["8"])
 
 
 def test_the_stage_names_what_failed(tmp_path: Path, source: Path, ours: Path) -> None:

@@ -30,7 +30,9 @@ from quantize.stages.base import Resolved, StageContext
 from tests.hub_server import HubServer
 from tests.hub_server.state import File
 
-CARD = "---\nlicense: apache-2.0\nlanguage: [en, no]\nbase_model: [acme/base]\n---\n# A model\n"
+CARD = "---\nlicense: apache-2.0\nlanguage: [en, no]\nbase_model: [acme/base]\n"
+CARD += "license_name: acme-1\nextra_gated_prompt: Agree.\nextra_gated_fields: {x: text}\n"
+CARD += "---\n# A model\n"
 
 
 def context(tmp_path: Path, resolved: Resolved) -> StageContext:
@@ -75,6 +77,9 @@ def test_a_local_folder_is_referenced_and_hashed(tmp_path: Path) -> None:
     assert (source["license"], source["languages"]) == ("apache-2.0", ["en", "no"])
     assert source["base_model"] == "acme/base"
     assert source["chat_template"] is True
+    assert source["licence_terms"] == {"license_name": "acme-1", "extra_gated_prompt": "Agree."}
+    config = json.loads((folder / "config.json").read_text())
+    assert source["attention"]["layers"] == config["num_hidden_layers"]
     assert [path.name for path in stage.files.iterdir()] == ["source.json"]
 
 
