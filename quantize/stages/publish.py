@@ -156,11 +156,11 @@ def collect(context: StageContext) -> Files:
     for entry in card.manifest.files:
         add(published_name(entry.name), entry, card.file(entry.name))
     record = card.json("record.json")
-    values = published_recipe(context.resolved, record["recipe"])
     recipe = context.files / "recipe.yaml"
-    write_atomic(recipe, recipe_text(values))
+    write_atomic(recipe, recipe_text(context.resolved, record["recipe"]))
     add(RECIPE, _entry(recipe), recipe)
     provenance = context.files / "provenance.json"
+    values = published_recipe(context.resolved, record["recipe"])
     write_json(provenance, statement(record, values, entries))
     add(STATEMENT, _entry(provenance), provenance)
     if context.recipe.publish.sign is not None:
@@ -178,8 +178,9 @@ def published_name(name: str) -> str:
     return f".{name}" if name.startswith("eval_results/") else f"quantize/{name}"
 
 
-def recipe_text(values: dict[str, Any]) -> str:
-    """`quantize/recipe.yaml` of a recipe that names local inputs by their names alone."""
+def recipe_text(resolved: Resolved, values: dict[str, Any]) -> str:
+    """:func:`published_recipe` as YAML."""
+    values = published_recipe(resolved, values)
     return RECIPE_HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -227,7 +228,7 @@ def _earlier_signatures(context: StageContext) -> Iterator[Path]:
 def recipe_as_published(resolved: Resolved) -> str:
     """The text of `quantize/recipe.yaml`, before there is a card's record."""
     values: dict[str, Any] = redact(recipe_values(resolved.recipe))
-    return recipe_text(published_recipe(resolved, values))
+    return recipe_text(resolved, values)
 
 
 def _entry(path: Path) -> FileEntry:
