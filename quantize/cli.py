@@ -229,7 +229,7 @@ def report(
 
 
 @main.command()
-@click.argument("place", metavar="REPO_OR_FOLDER")
+@click.argument("place", metavar="PLACE")
 @click.option(
     "--revision", metavar="R", help="Repository: a commit, branch or tag  [default: main]"
 )
@@ -240,7 +240,7 @@ def report(
 )
 @click.option("--identity", help="The signature must be by this identity of Sigstore.")
 @click.option("--issuer", metavar="URL", help="Who vouches for --identity.")
-@click.option("--full", is_flag=True, help="Repository: download all weights and hash them here.")
+@click.option("--full", is_flag=True, help="Repository, URL: download the weights, too.")
 @JSON
 def verify(
     place: str,
@@ -251,11 +251,11 @@ def verify(
     full: bool,
     as_json: bool,
 ) -> int:
-    """Tell whether REPO_OR_FOLDER is still what was published; exit 3 and say what was changed.
+    """Tell whether PLACE is still what was published; exit 3 and say what was changed.
 
-    Compares every file with the listing, the statement and the card with the record, and the
-    signature with --key or --identity. Of a repository, large files are compared by their sha256
-    on the Hub.
+    PLACE is a folder, a repository on the Hub, or a URL. Compares every file with the listing, the
+    statement and the card with the record, and the signature with --key or --identity. Of a
+    repository, large files are compared by their sha256 on the Hub.
     """
     from quantize.progress import Progress
     from quantize.report.verification import verification_text

@@ -200,7 +200,7 @@ def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Find
     if not online:
         return []
     from quantize.hub.preflight import check_hub
-    from quantize.stages.publish import recipe_as_published
+    from quantize.publication import recipe_as_published
 
     return check_hub(access, resolved, hub, lambda: recipe_as_published(resolved))
 

@@ -146,6 +146,25 @@ def read(place: Place, name: str, start: int | None = None, end: int | None = No
     return _call(place, f"reading {place.url}/{name}", get)
 
 
+def fetch(place: Place, name: str, target: Path) -> None:
+    """Bring a file of any size here."""
+    path = place.path(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _call(
+        place,
+        f"reading {place.url}/{name}",
+        lambda: place.filesystem.get_file(path, str(target)),
+    )
+
+
+def fetch_if_there(place: Place, name: str, target: Path) -> bool:
+    """As :func:`fetch`; False where there is no such file."""
+    if name not in list_files(place):
+        return False
+    fetch(place, name, target)
+    return True
+
+
 def sha256(place: Place, name: str, size: int) -> str:
     """Of a file that is read back whole, in chunks."""
     digest = hashlib.sha256()

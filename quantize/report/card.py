@@ -13,6 +13,7 @@ from quantize.report.card_commands import (
     sglang_caution,
     sglang_command,
     transformers_code,
+    verify_command,
     vllm_command,
 )
 from quantize.report.card_metadata import eval_results, front_matter_values
@@ -119,6 +120,7 @@ def card_variables(record: Record) -> dict[str, Any]:
         "sglang": sglang_command(record),
         "sglang_caution": sglang_caution(record),
         "transformers_code": transformers_code(record),
+        "verify_command": verify_command(record),
         "recipe_yaml": yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
         "calibration": _calibration(record),
         "versions": _versions(record),

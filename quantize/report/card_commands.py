@@ -101,6 +101,12 @@ def transformers_code(record: Record) -> str:
     return "\n".join(lines)
 
 
+def verify_command(record: Record) -> str:
+    """What tells whether the published files are still as they were."""
+    place = record.get("target") or f"./{record['recipe']['name']}"
+    return f"quantize verify {shlex.quote(place)}"
+
+
 def _model(record: Record) -> str:
     """The repository that it is published in, or a folder.
 

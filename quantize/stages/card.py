@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from quantize.report.page.figures import Figure
     from quantize.stages.base import Resolved, StageContext
 
-VERSION = 3
+VERSION = 4
 
 SCHEMA = "quantize.card/3"
 MEASURED = ("baseline", "candidate", "compare")

@@ -97,7 +97,7 @@ def check_tensors(published: Published) -> Check:
     names = sorted(name for name in published.listing if name.endswith(".safetensors"))
     here = [name for name in names if name in published.readable]
     if not here and names:
-        return Check("tensors", "skipped", "compared by the Hub's sha256; --full downloads them")
+        return Check("tensors", "skipped", "compared by sha256 alone; --full downloads them")
     problems, count = [], 0
     for name in here:
         try:

@@ -1,4 +1,4 @@
-"""What lies at a published place: a folder, or a repository of the Hub at one commit.
+"""What lies at a published place: a folder, a repository of the Hub at one commit, or a URL.
 
 Nothing of it is trusted: names must stay inside the folder, links are not followed, and documents
 larger than :data:`DOCUMENT_BYTES` are not read.
@@ -60,14 +60,20 @@ class Published:
 def read_published(
     place: str, revision: str | None, *, full: bool, on_progress: OnProgress
 ) -> Iterator[Published]:
-    """What lies in a folder or in a repository; documents can be read inside the block.
+    """What lies in a folder, a repository or at a URL; documents can be read inside the block.
 
-    Large files of a repository are compared by the Hub's own sha256; with `full` they are
-    downloaded. Raises UsageError where `place` is neither, SourceError without a sound listing, and
-    what :mod:`quantize.hub` raises.
+    Large files of a repository are compared by the Hub's own sha256, those at a URL by reading
+    them; with `full` they are downloaded. Raises UsageError where `place` is none of these,
+    SourceError without a sound listing, and what :mod:`quantize.hub` and :mod:`quantize.bucket`
+    raise.
     """
     folder = Path(place).expanduser()
-    if folder.is_dir():
+    if "://" in place:
+        if revision is not None:
+            raise UsageError(f"--revision is for a repository; {place} is a URL", "leave it out")
+        with tempfile.TemporaryDirectory(prefix="quantize-verify-") as work:
+            yield _read_url(place.rstrip("/"), Path(work), full, on_progress)
+    elif folder.is_dir():
         if revision is not None:
             raise UsageError(f"--revision is for a repository; {place} is a folder", "leave it out")
         yield _read_folder(folder, place, on_progress)
@@ -79,7 +85,7 @@ def read_published(
     else:
         raise UsageError(
             f"{place} is neither a folder nor the name of a repository",
-            "name a folder that exists, or a repository as owner/name",
+            "name a folder that exists, a repository as owner/name, or a URL (s3://...)",
         )
 
 
@@ -135,7 +141,7 @@ def _read_repository(
     total, done, readable = sum(remote[name].bytes for name in wanted), 0, {LISTING}
     for name in wanted:
         file, sha256 = remote[name], remote[name].sha256
-        if sha256 is None or full or name.startswith("quantize/") or name == "README.md":
+        if sha256 is None or full or _is_document(name):
             hub.download_files(access, repo, commit, {name: file}, folder)
             sha256 = file_sha256(folder / name)
             readable.add(name)
@@ -143,6 +149,37 @@ def _read_repository(
         done += file.bytes
         on_progress(done, total)
     return Published(place, listing, found, (), folder, frozenset(readable), commit)
+
+
+def _read_url(url: str, work: Path, full: bool, on_progress: OnProgress) -> Published:
+    """Every listed file is read whole: a bucket knows no sha256."""
+    from quantize.bucket import client as bucket
+
+    place = bucket.open_place(url)
+    remote = {name: file for name, file in bucket.list_files(place).items() if is_inside(name)}
+    folder = work / "files"
+    if LISTING in remote:
+        bucket.fetch(place, LISTING, folder / LISTING)
+    listing = _listing(folder, url, LISTING in remote)
+    wanted = sorted(listing.keys() & remote.keys())
+    found = {name: FileEntry(name, file.bytes, "") for name, file in remote.items()}
+    total, done, readable = sum(remote[name].bytes for name in wanted), 0, {LISTING}
+    for name in wanted:
+        size = remote[name].bytes
+        if full or _is_document(name):
+            bucket.fetch(place, name, folder / name)
+            sha256 = file_sha256(folder / name)
+            readable.add(name)
+        else:
+            sha256 = bucket.sha256(place, name, size)
+        found[name] = FileEntry(name, size, sha256)
+        done += size
+        on_progress(done, total)
+    return Published(url, listing, found, (), folder, frozenset(readable))
+
+
+def _is_document(name: str) -> bool:
+    return name == "README.md" or name.startswith(("quantize/", ".eval_results/"))
 
 
 def _listing(folder: Path, place: str, there: bool) -> dict[str, FileEntry]:

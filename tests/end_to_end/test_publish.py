@@ -55,7 +55,7 @@ class Published:
     began: float
     first: Finished
     again: Finished
-    verified: Finished  # `quantize verify` of the repository
+    verified: tuple[Finished, ...]  # `quantize verify` of repository, bucket and folder
     first_writes: tuple[int, int]  # commits on the Hub, writes to S3
     hub: HubServer
     s3: S3Server
@@ -87,7 +87,7 @@ class Published:
 
     @property
     def runs(self) -> tuple[Finished, ...]:
-        return self.first, self.again, self.verified
+        return self.first, self.again, *self.verified
 
     def writes(self) -> tuple[int, int]:
         return _writes(self.hub, self.s3)
@@ -118,7 +118,8 @@ def published(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         writes = _writes(hub, s3)
         again = work.quantize(*arguments, env=env)
         assert again.code == 0, again.err + again.out
-        verified = work.quantize("verify", REPO, env=env)
+        places = (REPO, f"s3://{BUCKET}/acme/tiny-fp8", "out/three-targets")
+        verified = tuple(work.quantize("verify", place, env=env) for place in places)
         yield Published(work, home, began, first, again, verified, writes, hub, s3)
 
 
@@ -150,9 +151,10 @@ def test_the_same_command_again_writes_nothing(published: Published) -> None:
     assert published.writes() == published.first_writes
 
 
-def test_the_repository_verifies(published: Published) -> None:
-    assert published.verified.code == 0, published.verified.err
-    assert published.verified.out.splitlines()[-1].strip() == "verified"
+def test_each_target_verifies(published: Published) -> None:
+    for verified in published.verified:
+        assert verified.code == 0, verified.out + verified.err
+        assert verified.out.splitlines()[-1].strip() == "verified"
 
 
 def secrets() -> dict[str, str]:

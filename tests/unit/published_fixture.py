@@ -96,8 +96,10 @@ class Publishing:
                 self.root / "logs",
                 Progress(LineView(lambda _line: None)),
             )
+            paths = {"model": self.root / "instruct"}  # a local source, as the record has it
             context = dataclasses.replace(
                 context,
+                resolved=dataclasses.replace(context.resolved, paths=paths),
                 entry=dataclasses.replace(context.entry, id="publish", kind="publish", key=key),
                 inputs={
                     "compress": self.inputs["compress"],

@@ -110,6 +110,34 @@ def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def test_a_url_verifies_as_a_folder_does(folder: Path, key: Path) -> None:
+    url = folder.as_uri()
+    found = look(url, key)
+    assert failed(found) == {}
+    assert outcomes(found)["tensors"] == "skipped"
+    assert outcomes(found)["signature"] == "passed"
+    assert outcomes(look(url, key, full=True))["tensors"] == "passed"
+    with pytest.raises(UsageError, match="--revision is for a repository"):
+        look(url, revision="main")
+
+
+def test_a_changed_weight_at_a_url_is_found(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert failed(look(folder.as_uri())) == {
+        "files": ["model.safetensors was changed: another sha256"]
+    }
+    weights.unlink()
+    assert failed(look(folder.as_uri()))["files"] == ["model.safetensors is missing"]
+
+
+def test_a_url_without_a_publish(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no quantize/manifest\.json"):
+        look(tmp_path.as_uri())
+
+
 def change_one_figure(card: Path) -> tuple[str, str]:
     """Make the measured ratio of perplexities on the card a better one; before and after."""
     text = card.read_text()
@@ -440,13 +468,14 @@ def test_a_repository(on_the_hub: Any, tmp_path: Path) -> None:
     server, api = on_the_hub
     key = tmp_path / "signing-key.pub"
     head = api.model_info("ann/tiny").sha
+    read = server.count(r"GET .*/resolve/.*\.safetensors")  # when it was published
     found = look("ann/tiny", key)
     assert (found.verified, found.commit) == (True, head)
     assert outcomes(found)["tensors"] == "skipped"
-    assert server.count(r"GET .*/resolve/.*\.safetensors") == 0
+    assert server.count(r"GET .*/resolve/.*\.safetensors") == read
     full = look("ann/tiny", key, full=True)
     assert set(outcomes(full).values()) == {"passed"}
-    assert server.count(r"GET .*/resolve/.*\.safetensors") > 0
+    assert server.count(r"GET .*/resolve/.*\.safetensors") > read
 
     api.upload_file(path_or_fileobj=b"other", path_in_repo="config.json", repo_id="ann/tiny")
     api.upload_file(path_or_fileobj=b"x", path_in_repo="x.safetensors", repo_id="ann/tiny")
