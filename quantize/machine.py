@@ -22,6 +22,13 @@ def device_name(accelerator: str) -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
+def cpu_has(flag: str) -> bool:
+    """Whether the processor says that it has an instruction set (`avx512f`); False if unknown."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^flags\s*: (.+)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return found is not None and flag in found[1].split()
+
+
 def memory_bytes() -> int:
     """Memory that this process may use: the machine's, or its control group's limit if lower."""
     total = psutil.virtual_memory().total

@@ -56,6 +56,11 @@ def plan(resolved: Resolved, lock_digest: Callable[[str], str]) -> Plan:
     notes = []
     if "measure-candidate" in entries and (reason := measure.unservable(resolved)):
         notes.append(f"measure-candidate: the result is not served here: {reason}")
+    if "measure-candidate" in entries and (reason := measure.unpacks_because(resolved)):
+        notes.append(
+            f"measure-candidate: the weights are unpacked to BF16 for the measurement, without "
+            f"latency and throughput: {reason}"
+        )
     return Plan(resolved.recipe.name, resolved.accelerator, tuple(entries.values()), tuple(notes))
 
 

@@ -181,6 +181,7 @@ class MeasureRecord(TypedDict):
     subject: Subject
     suite: str
     server: NotRequired[Server]
+    unpacked: NotRequired[str]  # why the weights were unpacked to BF16 to be served
     smoke: list[Smoke]
     perplexity: NotRequired[Perplexity]
     own_perplexity: NotRequired[Perplexity]  # of the user's own text

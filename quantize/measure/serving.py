@@ -47,14 +47,14 @@ class Running:
 
 
 @contextmanager
-def serve(context: StageContext, scope: Scope) -> Iterator[Running]:
-    """Serve the stage's model until the block is left; failures inside blame a dead server."""
+def serve(context: StageContext, scope: Scope, model: Path) -> Iterator[Running]:
+    """Serve `model` until the block is left; failures inside blame a dead server."""
     backend = SERVERS[context.recipe.serve.engine]
     adapter = _adapter(context, scope)
     texts = [text for text in (scope.perplexity, scope.own_text) if text is not None]
     launch = Launch(
         python=context.runner.python(backend.ENVIRONMENT),
-        model=model_folder(context.inputs["model"]),
+        model=model,
         served_name=BASE_NAME if adapter is not None else SERVED_NAME,
         port=_free_port(),
         accelerator=context.resolved.accelerator,

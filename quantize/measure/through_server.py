@@ -33,12 +33,12 @@ PROMETHEUS = (
 """Counters that say how the server was used, kept as they stood at the end."""
 
 
-def measure(context: StageContext, scope: Scope, record: MeasureRecord) -> None:
-    """Fill in the record; a part that an earlier, killed run has finished is taken over."""
+def measure(context: StageContext, scope: Scope, record: MeasureRecord, model: Path) -> None:
+    """Serve `model` and fill in the record; parts of an earlier, killed run are taken over."""
     for environment in context.entry.environments:  # before a server waits for an install
         context.runner.python(environment)
     parts = Parts(context.work)
-    with serve(context, scope) as running:
+    with serve(context, scope, model) as running:
         record["server"] = describe(context, running)
         record["concurrency"] = running.concurrency
         if scope.everything:
@@ -47,7 +47,9 @@ def measure(context: StageContext, scope: Scope, record: MeasureRecord) -> None:
         _tasks(context, scope.suite.tasks, running, parts, record)
         if scope.everything:
             _health(context, scope, running, parts, record)
-            record["serving"] = parts.get("load", lambda: _load(context, running, scope.suite))
+            if "unpacked" not in record:
+                load = functools.partial(_load, context, running, scope.suite)
+                record["serving"] = parts.get("load", load)
         parts.seconds["server start"] = running.start_seconds
         context.versions[context.recipe.serve.engine] = record["server"]["version"]
     record["seconds"] = {name: round(value, 2) for name, value in parts.seconds.items()}

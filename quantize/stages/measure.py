@@ -18,8 +18,12 @@ from quantize.protocol import write_json
 from quantize.records import MEASURE_SCHEMA, MeasureRecord, Missing
 from quantize.servers import SERVERS
 from quantize.stages.base import Resolved, StageContext
+from quantize.unpacked import is_weight_only, write_unpacked
 
-VERSION = 4
+VERSION = 5
+
+NOT_OF_UNPACKED = "latency, throughput and the kernels for packed weights"
+"""What weights that were unpacked for the measurement say nothing of."""
 
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
@@ -46,7 +50,8 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         )
     serve = resolved.recipe.serve.model_dump(mode="json", exclude={"tensor_parallel_sizes"})
     again = {"again": 1} if asked.again else {}
-    scoped = {"quick": asked.quick} | again
+    unpacks = entry_id == "measure-candidate" and unpacks_because(resolved) is not None
+    scoped = {"quick": asked.quick} | again | ({"unpacked": True} if unpacks else {})
     return {**inputs, **scoped, "serve": serve, "accelerator": resolved.accelerator}
 
 
@@ -58,6 +63,16 @@ def _texts(asked: Scope) -> list[str]:
 
 def unservable(resolved: Resolved) -> str | None:
     """Why the candidate cannot be measured on this machine, or None."""
+    return None if is_weight_only(resolved.recipe.quantize) else _no_kernel(resolved)
+
+
+def unpacks_because(resolved: Resolved) -> str | None:
+    """Why the candidate is served with its weights unpacked to BF16, or None: as it is, or not."""
+    return _no_kernel(resolved) if is_weight_only(resolved.recipe.quantize) else None
+
+
+def _no_kernel(resolved: Resolved) -> str | None:
+    """Why the server of this machine does not take the checkpoint as it is, or None."""
     server, quantize = SERVERS[resolved.recipe.serve.engine], resolved.recipe.quantize
     schemes = [quantize.effective_scheme, *(override.scheme for override in quantize.overrides)]
     reasons = (server.cannot_serve(scheme, resolved.accelerator) for scheme in schemes)
@@ -85,8 +100,28 @@ def run(context: StageContext) -> None:
         # Its HTTP client would cost every `plan` a quarter of a second.
         from quantize.measure.through_server import measure
 
-        measure(context, asked, record)
+        why = unpacks_because(context.resolved)
+        if context.entry.id == "measure-candidate" and why is not None:
+            record["unpacked"] = why
+            record["not_measured"].append(Missing(what=NOT_OF_UNPACKED, why=why))
+            measure(context, asked, record, _unpack(context))
+        else:
+            measure(context, asked, record, model_folder(context.inputs["model"]))
     write_json(context.files / "record.json", record)
+
+
+def _unpack(context: StageContext) -> Path:
+    """The candidate's weights in BF16, in the scratch folder."""
+    step = context.runner.progress.step
+    target = context.work / "unpacked"
+    write_unpacked(
+        model_folder(context.inputs["model"]),
+        model_folder(context.inputs["fetch"]),
+        context.recipe.quantize,
+        target,
+        lambda done, total: step("unpacking the weights", done / 1e9, total / 1e9, "GB"),
+    )
+    return target
 
 
 def _cannot(context: StageContext) -> Missing | None:
