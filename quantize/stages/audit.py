@@ -73,8 +73,9 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         inputs["overrides"] = quantize.effective_overrides
     if quantize.kv_cache is not None:
         inputs["kv_cache"] = quantize.kv_cache
-    if resolved.recipe.serve.tensor_parallel_sizes:
-        inputs["tensor_parallel_sizes"] = sorted(resolved.recipe.serve.tensor_parallel_sizes)
+    unusual = set(resolved.recipe.serve.tensor_parallel_sizes) - set(PARALLEL_SIZES)
+    if unusual:  # the others are looked at for every recipe
+        inputs["tensor_parallel_sizes"] = sorted(unusual)
     return inputs
 
 

@@ -108,7 +108,9 @@ def ids(made: Plan) -> tuple[str, ...]:
         ("serve.enable_prefix_caching=false", MEASURED),
         ("serve.gpu_memory_utilization=0.5", MEASURED),
         ("serve.extra_args=[--swap-space, '0']", MEASURED),
-        ("serve.tensor_parallel_sizes=[1, 2]", CARD),  # preflight's alone
+        ("serve.tensor_parallel_sizes=[1, 2]", CARD),  # preflight's alone, the audit has them
+        ("serve.tensor_parallel_sizes=[3]", {"audit", *COMPARED}),
+        ("publish.card_template=tiny-llama-fp8.yaml", CARD),  # any file
         ("model.license=mit", CARD),
         ("model.base=examples/tiny_llama/instruct", {*BASE, *COMPARED}),
         ("name=another-name", CARD),
