@@ -40,7 +40,7 @@ def merged(work: Work) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def apart(work: Work) -> dict[str, Path]:
     changes = ("name=tiny-llama-pair", "model.adapter_mode=separate", "publish.folder=out/pair")
-    return run(work, "tiny-llama-gptq", changes=changes)
+    return run(work, "tiny-llama-fp8", changes=changes)
 
 
 def read(stage: Path, name: str) -> dict[str, Any]:
