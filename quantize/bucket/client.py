@@ -99,7 +99,9 @@ def open_place(url: str, part_bytes: int = PART_BYTES) -> Place:
             f"publish.url is {url}, and fsspec knows no {scheme}://",
             "use s3://, gs://, abfs://, sftp://, file:// or another one that it knows",
         ) from error
-    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    options: dict[str, Any] = {"skip_instance_cache": True}
+    if scheme in OBJECT_STORES:  # others hand options that they do not know on, sftp to SSH
+        options["use_listings_cache"] = False
     if scheme == "file":
         options["auto_mkdir"] = True
     try:
