@@ -182,8 +182,8 @@ def recovery_text(compare: CompareRecord) -> str:
     together = compare.get("aggregate")
     if together is None or "recovery" not in together:
         return ""
-    share = f"{100 * together['recovery']:.1f}% of BF16's score"
-    tasks = f" on {together['tasks']} tasks on average" if together["tasks"] > 1 else ""
+    share = f"{100 * together['recovery']:.1f}% of BF16's score kept"
+    tasks = f" on average over {together['tasks']} tasks" if together["tasks"] > 1 else ""
     if "recovery_low" not in together or "recovery_high" not in together:
         return share + tasks
     ends = (together["recovery_low"], together["recovery_high"])

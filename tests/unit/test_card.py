@@ -79,7 +79,7 @@ def test_card_of_a_local_checkpoint(made):
     }
     ratio = record["compare"]["perplexity"]["ratio"]
     assert f"perplexity ×{ratio:.4f} that of BF16 on valley.jsonl (95% interval" in card
-    assert "of BF16's score on 2 tasks on average (95% interval" in card
+    assert "of BF16's score kept on average over 2 tasks (95% interval" in card
     assert "weights ×0.350 the original's size." in card
     assert "vllm serve ./tiny-llama-awq \\\n" in card
     assert "--max-model-len 1024" in card

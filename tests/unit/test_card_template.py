@@ -7,6 +7,7 @@ from hashlib import sha256
 import pytest
 from checkpoints import recipe as tiny_recipe
 from checkpoints import write_checkpoint
+from click.testing import CliRunner
 from records_fixture import (
     RECIPE,
     artifact,
@@ -17,6 +18,7 @@ from records_fixture import (
     stage_context,
 )
 
+from quantize.cli import main
 from quantize.errors import QuantizeError, SourceError
 from quantize.preflight import preflight
 from quantize.report.card import card_variables, differences, render_card
@@ -45,7 +47,7 @@ def test_a_block_is_overridden_and_the_rest_stays(record):
     card = render_card(record, OWN)
     shipped = render_card(record)
     assert "\nOurs: tiny-llama-awq, 0.350 of the size.\n" in card
-    assert "left; perplexity" not in card
+    assert "BF16's score kept" not in card
     assert card.split("## Size and memory")[1] == shipped.split("## Size and memory")[1]
     assert differences(card, record, OWN) == []
     assert differences(card, record)
@@ -138,6 +140,7 @@ def test_the_stage_keeps_the_template_and_publishes_all(tmp_path):
         assert f"](quantize/plots/{name}.png)" in card
         assert (made.files / "plots" / f"{name}.png").stat().st_size < 80_000
     files = {name: (made.files / name).read_bytes() for name in names}
+    files["eval_results/gsm8k.yaml"] = b"[]"
     card_artifact = artifact(made.store, "card", "k", files)
     publishing = replace(made, inputs={**made.inputs, "card": card_artifact})
     published = publish.collect(publishing).paths
@@ -146,6 +149,7 @@ def test_the_stage_keeps_the_template_and_publishes_all(tmp_path):
         "quantize/record.json",
         "quantize/card.md.j2",
         "quantize/plots/tasks.png",
+        ".eval_results/gsm8k.yaml",
     } <= published.keys()
 
 
@@ -162,8 +166,12 @@ def test_the_same_record_draws_the_same_bytes(tmp_path):
         assert first[name] == second[name], name
 
 
-def test_the_benchmarks_results_are_where_the_hub_looks():
-    assert publish.published_name("eval_results/gsm8k.yaml") == ".eval_results/gsm8k.yaml"
+def test_a_template_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTIZE_CACHE", str(tmp_path))
+    override = "publish.card_template=nosuch.j2"
+    done = CliRunner().invoke(main, ["plan", "tiny-llama-fp8", "--set", override])
+    assert done.exit_code == 3
+    assert "publish.card_template: there is no file 'nosuch.j2'" in done.stderr
 
 
 def test_a_template_changed_after_the_plan_is_refused(tmp_path):
