@@ -94,10 +94,11 @@ def transformers_code(record: Record) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})",
-        f'model = AutoModelForCausalLM.from_pretrained({json.dumps(model)}, dtype="auto")',
+        f"{'base' if apart else 'model'} = "
+        f'AutoModelForCausalLM.from_pretrained({json.dumps(model)}, dtype="auto")',
     ]
     if apart:
-        lines.append(f"model = PeftModel.from_pretrained(model, {json.dumps(_adapter(record))})")
+        lines.append(f"model = PeftModel.from_pretrained(base, {json.dumps(_adapter(record))})")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from quantize.planner import STAGES, plan, with_stale, with_status
 from quantize.recipe_file import load_recipe
 from quantize.resolve import resolve
 from quantize.resources import shipped_root
+from quantize.servers import vllm
 from quantize.stages.base import Resolved
 from quantize.store import Artifact, Store
 
@@ -325,26 +326,52 @@ def test_a_calibration_block_that_nobody_reads_changes_nothing_made(
 @pytest.mark.parametrize(
     ("block", "accelerator", "noted"),
     [
-        ("quantize: {method: fp8}", "cpu", False),
-        ("quantize: {method: fp8, scheme: FP8_BLOCK}", "cpu", True),
-        ("quantize: {method: fp8, scheme: FP8_BLOCK}", "cuda", False),
-        (MIXED.format(scheme="W4A16, group_size: 32"), "cpu", False),
-        (MIXED.format(scheme="W8A16"), "cpu", True),
-        (MIXED.format(scheme="W8A16"), "cuda", False),
+        ("quantize: {method: fp8}", "cpu", ""),
+        ("quantize: {method: fp8, scheme: FP8_BLOCK}", "cpu", "the result is not served here"),
+        ("quantize: {method: fp8, scheme: FP8_BLOCK}", "cuda", ""),
+        (MIXED.format(scheme="W4A16, group_size: 32"), "cpu", ""),
+        (MIXED.format(scheme="W8A16"), "cpu", "the result is not served here"),
+        ("quantize: {method: rtn, scheme: W8A16}", "cpu", "the weights are unpacked to BF16"),
+        ("quantize: {method: rtn, scheme: W8A16}", "cuda", ""),
+        (MIXED.format(scheme="W8A16"), "cuda", ""),
     ],
 )
 def test_what_is_not_served_here_is_said(
-    block: str, accelerator: str, noted: bool, tiny: Tiny, tmp_path: Path
+    block: str,
+    accelerator: str,
+    noted: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
     recipe = write_recipe(tmp_path, block, EVALUATE)
     made = plan(tiny(recipe=recipe, accelerator=accelerator), locks)
-    assert bool(made.notes) == noted
+    assert bool(made.notes) == bool(noted)
     if noted:
         (note,) = made.notes
-        assert note.startswith("measure-candidate: the result is not served here: vLLM's CPU")
+        assert note.startswith(f"measure-candidate: {noted}")
+        assert "vLLM's CPU backend has no" in note
         assert "measure-candidate" in ids(made)  # the rest of the run still works
     nothing_measured = write_recipe(tmp_path, block)
     assert plan(tiny(recipe=nothing_measured, accelerator=accelerator), locks).notes == ()
+
+
+def test_a_processor_without_avx512_measures_four_bits_unpacked(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, "quantize: {method: rtn}", EVALUATE)
+    keys = {}
+    for has in (True, False):
+        monkeypatch.setattr(vllm, "cpu_has", lambda _flag, has=has: has)
+        made = plan(tiny(recipe=recipe, accelerator="cpu"), locks)
+        keys[has] = {entry.id: entry.key for entry in made.stages}
+    (note,) = made.notes
+    assert "unpacked to BF16" in note
+    assert "AVX-512" in note
+    changed = {stage for stage in keys[True] if keys[True][stage] != keys[False][stage]}
+    assert "measure-candidate" in changed  # another measurement
+    assert not changed & {"compress", "audit", "measure-baseline", "measure-repeat"}
 
 
 def test_an_adapter_is_merged_in_an_environment(tiny: Tiny, tmp_path: Path) -> None:

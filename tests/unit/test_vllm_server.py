@@ -102,13 +102,25 @@ def test_another_checkpoints_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("scheme", sorted({s for many in SCHEMES.values() for s in many}))
-def test_what_a_cpu_does_not_serve(scheme: str) -> None:
+def test_what_a_cpu_does_not_serve(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
     reason = vllm.cannot_serve(scheme, "cpu")
     assert (reason is None) == (scheme in {"W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"})
     assert vllm.cannot_serve(scheme, "cuda") is None
 
 
-def test_what_a_method_makes_by_itself_is_served_everywhere() -> None:
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM"])
+def test_four_bits_need_avx512_on_a_cpu(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "cpu_has", lambda _flag: False)
+    assert "AVX-512" in str(vllm.cannot_serve(scheme, "cpu"))
+    assert vllm.cannot_serve(scheme, "cuda") is None
+    assert vllm.cannot_serve("FP8_DYNAMIC", "cpu") is None
+
+
+def test_what_a_method_makes_by_itself_is_served_everywhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
     assert not [s for s in DEFAULT_SCHEME.values() if vllm.cannot_serve(s, "cpu")]
 
 
