@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from quantize.environments import accelerator as here
+from quantize.servers import vllm
+from quantize.stages.measure import NOT_OF_UNPACKED
 from tests.end_to_end.conftest import Work, environment
 
 pytestmark = pytest.mark.end_to_end
@@ -62,7 +65,11 @@ def test_recipe_is_measured_and_published(
     assert all(task["baseline"] > 0.4 for task in scores.values())
     expected = 0.75 if name.endswith("fp8") else 0.6
     assert compare["size_ratio"] < expected
-    assert not compare["not_measured"]
+    # a processor without AVX-512 serves 4 bits unpacked, and says what that does not show
+    unpacked = "unpacked" in record["candidate"]
+    assert unpacked == (not name.endswith("fp8") and vllm.cannot_serve("W4A16", here()) is not None)
+    assert [m["what"] for m in compare["not_measured"]] == [NOT_OF_UNPACKED] * unpacked
+    assert ("serving" in record["candidate"]) is not unpacked
     verdicts = {verdict["name"]: verdict["verdict"] for verdict in compare["verdicts"]}
     assert set(verdicts) == {"perplexity", "task:valley_mc", "task:valley_qa", "tasks", "model"}
     assert "inferior" not in verdicts.values()
