@@ -135,7 +135,11 @@ def hub_token() -> dict[str, str]:
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without secrets and without what would lead a child to our packages."""
+    """Our environment without secrets and without what would lead a child to our packages.
+
+    Nor without bytecode: images often set that, and each process of vLLM then compiles for 15 s.
+    """
     drop = SECRETS | _withheld | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    drop |= {"PYTHONDONTWRITEBYTECODE"}
     kept = {name: value for name, value in os.environ.items() if name not in drop}
     return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", **extra}

@@ -68,7 +68,8 @@ class Work:
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """No hub: everything that the tests need is in the repository."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **(extra or {})}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **(extra or {})}
 
 
 @pytest.fixture(scope="session")

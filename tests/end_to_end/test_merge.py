@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import quantize
 from quantize.adapter_checks import HARMLESS, REFUSED, check_adapter
 from quantize.checkpoint import Checkpoint, read_checkpoint
 from quantize.tensors import TensorInfo, from_float32, load_tensor, read_header, to_float32
+from tests.end_to_end.conftest import environment
 
 pytestmark = pytest.mark.end_to_end
 
@@ -45,7 +45,7 @@ def run(python: Path, script: Path, folder: Path) -> None:
     package.mkdir(exist_ok=True)
     if not (package / "quantize").exists():
         (package / "quantize").symlink_to(Path(quantize.__file__).parent)
-    env = {**os.environ, "PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
+    env = environment({"PYTHONPATH": str(package)})
     command = [str(python), "-P", str(script), str(folder)]
     subprocess.run(command, env=env, check=True, timeout=1200)
 

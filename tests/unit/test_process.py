@@ -105,7 +105,7 @@ def test_ticks_until_after_the_end(log: Path) -> None:
 
 
 def test_secrets_and_our_python_stay_here(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"}
     for name in SECRETS | ours:
         monkeypatch.setenv(name, "do-not-tell")
     monkeypatch.setenv("ORDINARY", "passed on")
