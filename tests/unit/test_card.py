@@ -252,6 +252,17 @@ def test_a_card_without_evaluation_says_so(made):
     assert "weights ×0.350 the original's size." in card
 
 
+def test_weights_that_were_unpacked_to_be_served(made):
+    record, plain = made()
+    assert "unpacked" not in plain
+    record["candidate"]["unpacked"] = "no kernel | here"
+    card = render_card(record)
+    results, use = card.partition("## How to use it")[::2]
+    assert r"This model answered with its weights unpacked to BF16: no kernel \| here." in results
+    assert r"The packed weights were not served as they are (no kernel \| here)" in use
+    assert "\n\n\n" not in card.replace("Recipe", "")
+
+
 def test_a_candidate_that_was_not_served(made):
     after = candidate_side()
     after.served = False
