@@ -18,9 +18,10 @@ from quantize.engine.support import why_not
 from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
 from quantize.findings import Finding, raise_findings
 from quantize.machine import memory_bytes
-from quantize.recipe import Hub, Recipe
+from quantize.recipe import Recipe
 from quantize.source_checks import check_source, promised_bytes
 from quantize.stages.base import Resolved
+from quantize.targets import Hub
 
 ALL = frozenset({"fetch", "calibrate", "compress", "measure", "card", "publish"})
 

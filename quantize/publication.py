@@ -25,8 +25,9 @@ from quantize.stages.card import recipe_values
 from quantize.store import FileEntry
 
 if TYPE_CHECKING:
-    from quantize.recipe import Recipe, Sign
+    from quantize.recipe import Recipe
     from quantize.stages.base import Resolved, StageContext
+    from quantize.targets import Sign
 
 RECIPE_HEAD = "# The recipe of this checkpoint; local inputs are given by their names alone.\n"
 LOCAL = {

@@ -19,11 +19,12 @@ from quantize.evaluation import Evaluate
 from quantize.hash_cache import HashCache
 from quantize.keys import digest
 from quantize.model_files import any_match, checkpoint_files
-from quantize.recipe import Model, Recipe, Sign
+from quantize.recipe import Model, Recipe
 from quantize.recipe_file import load_prompts, load_suite
 from quantize.resources import find_checkpoint, find_data, find_path, find_prompts, find_suite
 from quantize.stages.base import Resolved
 from quantize.suite import Prompts, Suite
+from quantize.targets import Sign
 
 PLAN_HASH_LIMIT_BYTES = 2 << 30
 """What a plan hashes at most of a local checkpoint that it has not seen before."""

@@ -17,7 +17,7 @@ from quantize.errors import CredentialsError, QuantizeError, ResourceError
 from quantize.findings import Finding
 
 if TYPE_CHECKING:
-    from quantize.recipe import Sign
+    from quantize.targets import Sign
 
 INSTALL = "pip install 'quantize[sign]'"
 KEYLESS = "keyless"

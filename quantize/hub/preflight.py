@@ -24,8 +24,8 @@ from quantize.hub.target import (
     read_visibility,
     refuse_files_of_others,
 )
-from quantize.recipe import Hub
 from quantize.stages.base import Resolved
+from quantize.targets import Hub
 
 PUBLISHED_RECIPE = "quantize/recipe.yaml"
 

@@ -26,9 +26,9 @@ from quantize.publication import Files, collect, target_folder
 from quantize.store import VERIFY_ON_READ_BYTES
 
 if TYPE_CHECKING:
-    from quantize.recipe import Hub
     from quantize.stages.base import Resolved, StageContext
     from quantize.store import Artifact
+    from quantize.targets import Hub
 
 VERSION = 3
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import RecipeError
-from quantize.recipe import Hub
 from quantize.recipe_file import load_recipe
+from quantize.targets import Hub
 
 RECIPE = """\
 version: 1

@@ -20,12 +20,13 @@ from quantize.folder_target import publish_folder
 from quantize.listing import LISTING, parse_listing
 from quantize.plan import StageEntry
 from quantize.progress import LineView, Progress
-from quantize.recipe import Hub, Model, Publish, Quantize, Recipe
+from quantize.recipe import Model, Quantize, Recipe
 from quantize.recipe_file import load_recipe
 from quantize.runner import Runner
 from quantize.stages import publish
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, FileEntry, Store
+from quantize.targets import Hub, Publish
 
 WEIGHTS = bytes(range(256)) * 40
 CARD = b"---\nlicense: apache-2.0\n---\n# A model\n"

@@ -26,9 +26,9 @@ from quantize import process
 from quantize.errors import ConflictError, CredentialsError, ResourceError, TransientError
 from quantize.listing import SIGNATURE
 from quantize.preflight import preflight
-from quantize.recipe import Publish, Sign
 from quantize.signing import findings, identify, library
 from quantize.stages import publish
+from quantize.targets import Publish, Sign
 
 PASSWORD = "correct horse/battery+staple"
 
