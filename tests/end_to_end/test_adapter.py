@@ -15,12 +15,24 @@ from tests.end_to_end.conftest import ROOT, Work
 pytestmark = pytest.mark.end_to_end
 
 EXAMPLES = ROOT / "examples" / "tiny_llama"
+SUITE = f"""\
+version: 1
+name: pair
+smoke: tiny
+perplexity: {{text: {ROOT / "eval/texts/valley.jsonl"}, window: 512, top_k: 20}}
+tasks_folder: {ROOT / "eval/tasks"}
+tasks: [{{name: valley_qa, metric: exact_match, filter: stripped, apply_chat_template: true}}]
+load: {{requests: 4, concurrency: 2, input_tokens: 32, output_tokens: 8}}
+"""
 PAIR = (f"model.source={EXAMPLES / 'base'}", f"model.adapter={EXAMPLES / 'lora'}")
 
 
 def run(work: Work, recipe: str, *arguments: str, changes: tuple[str, ...]) -> dict[str, Path]:
     """Run it; the artifact's folder of every stage."""
-    given = [part for change in (*PAIR, *changes) for part in ("--set", change)]
+    suite = work.folder / "pair.yaml"
+    suite.write_text(SUITE)
+    changes = (*PAIR, f"evaluate.suite={suite}", *changes)
+    given = [part for change in changes for part in ("--set", change)]
     result = work.run(recipe, "--quick", *arguments, *given)
     kinds = {"fetch-adapter": "adapter", "fetch-base": "fetch"}
     return {
