@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test unit faults lint locks schema clean
+.PHONY: help venv demo test unit slow faults lint locks schema clean
 
 help:           ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -22,6 +22,9 @@ test: venv      ## format, lint, types and all tests
 
 unit: venv      ## the tests that need no environments, in seconds
 	$(BIN)/python -m pytest tests/unit -q
+
+slow: venv      ## all tests, the slow ones too (over an hour)
+	$(BIN)/python -m tests --slow
 
 faults: venv    ## pushes under every planned fault, both majors of huggingface_hub
 	$(BIN)/python -m tests.faults

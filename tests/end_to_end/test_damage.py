@@ -91,7 +91,11 @@ def test_sound(sound: Judged) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "harm"), [(1, damage.double_scales), (2, damage.zero_head)], ids=["scales", "head"]
+    ("number", "harm"),
+    [
+        pytest.param(1, damage.double_scales, id="scales"),
+        pytest.param(2, damage.zero_head, id="head", marks=pytest.mark.slow),
+    ],
 )
 def test_damaged_weights_are_inferior(
     number: int, harm: Callable[[Path], None], work: Work, sound: Judged

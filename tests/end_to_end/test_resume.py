@@ -111,7 +111,7 @@ def test_a_server_that_dies_in_a_task_costs_that_task(work: Work, tmp_path: Path
     """The message names the server, and what was measured before is not measured again."""
     store = tmp_path / "store"
     command = work.command("run", "tiny-llama-fp8", "--store", str(store))
-    command += ["--until", "measure-baseline"]
+    command += ["--until", "measure-baseline", "--quick"]
     with (tmp_path / "err").open("wb") as err:
         process = subprocess.Popen(
             command, cwd=work.folder, env=environment(), stdout=subprocess.DEVNULL, stderr=err
