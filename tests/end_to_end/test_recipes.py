@@ -68,7 +68,8 @@ def test_recipe_is_measured_and_published(
     # a processor without AVX-512 serves 4 bits unpacked, and says what that does not show
     unpacked = "unpacked" in record["candidate"]
     assert unpacked == (not name.endswith("fp8") and vllm.cannot_serve("W4A16", here()) is not None)
-    assert [m["what"] for m in compare["not_measured"]] == [NOT_OF_UNPACKED] * unpacked
+    missing = [f"{NOT_OF_UNPACKED} (candidate)"] * unpacked
+    assert [entry["what"] for entry in compare["not_measured"]] == missing
     assert ("serving" in record["candidate"]) is not unpacked
     verdicts = {verdict["name"]: verdict["verdict"] for verdict in compare["verdicts"]}
     assert set(verdicts) == {"perplexity", "task:valley_mc", "task:valley_qa", "tasks", "model"}
