@@ -240,13 +240,14 @@ def train(model: nn.Module, batches: torch.Tensor, rate: float) -> float:
     # Experts see another number of tokens each time, for which BF16 kernels are made anew; and they
     # are kept in balance, or some would never see any.
     experts = hasattr(model.config, "num_experts")
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported()  # emulated, it is slower than float32
     asked = {"use_cache": False} | ({"output_router_logits": True} if experts else {})
     model.train()
     losses = []
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 5, 1.2 * (steps - step) / steps)
-        with torch.autocast("cpu", torch.bfloat16, enabled=not experts):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16 and not experts):
             output = model(input_ids=batch, **asked)
         logits = output.logits[:, :-1].float().flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
