@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 
 from quantize.environments import Environments, accelerator, cache_folder
+from quantize.machine import cpu_has
 from quantize.progress import LineView, Progress
 
 ROOT = Path(__file__).resolve().parents[2]
+
+slow_without_bf16 = pytest.mark.end_to_end if cpu_has("avx512_bf16") else pytest.mark.slow
+"""Marks what takes minutes where the processor has no products in BF16 and they are emulated."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def report(
     path = tmp_path_factory.mktemp("algebra") / "report.json"
     python = environment_python("llmcompressor")
     command = [str(python), "-m", "tests.end_to_end.engine_algebra", str(path)]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=1100, stdout=sys.stderr)
+    subprocess.run(
+        command, cwd=ROOT, env=environment(), check=True, timeout=1100, stdout=sys.stderr
+    )
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 

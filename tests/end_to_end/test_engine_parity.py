@@ -20,13 +20,9 @@ from typing import Any
 
 import pytest
 
-from quantize.machine import cpu_has
-from tests.end_to_end.conftest import ROOT, environment
+from tests.end_to_end.conftest import ROOT, environment, slow_without_bf16
 
-pytestmark = [pytest.mark.end_to_end]
-if not cpu_has("avx512_bf16"):
-    # Products in BF16 are emulated there, one core of it takes ten minutes an architecture.
-    pytestmark.append(pytest.mark.slow)
+pytestmark = [pytest.mark.end_to_end, slow_without_bf16]
 
 # The two that take longest first.
 ARCHITECTURES = [

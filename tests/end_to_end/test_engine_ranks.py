@@ -23,7 +23,7 @@ import pytest
 from quantize.protocol import Request, load_result
 from quantize.supervise import descendants
 from quantize.tensors import load_tensor, read_header
-from tests.end_to_end.conftest import ROOT, environment
+from tests.end_to_end.conftest import ROOT, environment, slow_without_bf16
 
 pytestmark = pytest.mark.end_to_end
 
@@ -222,6 +222,7 @@ def test_gptq(method: str, pairs: Callable[[str], Pair]) -> None:
 KL_WITHIN = {"awq": 0.01, "gptq": 0.03, "awq+gptq": 0.2, "fp8": 0.0}
 
 
+@slow_without_bf16
 def test_divergence(pairs: Callable[[str], Pair], python: Path) -> None:
     # KL from BF16 on held-out text, of one rank's checkpoint and of two ranks'.
     folders = {
