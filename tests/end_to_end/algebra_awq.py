@@ -176,11 +176,13 @@ class Watched:
 def search(kind: str, scheme: str, group_size: int | str | None) -> dict[str, Any]:
     """Losses are those of real outputs, and the scales those of an exhaustive exact search.
 
-    Scales are compared at the same ratio only: at another, each rounds differently, and with it
-    the loss goes up and down by some tenths of a percent.
+    Scales are compared at the same ratio only. Of the loss, that of the scales as they were found:
+    those of the exact search at this ratio round differently, which is up to a percent of it.
     """
     figures: dict[str, Any] = {}
     same = total = 0
+    ratios = sorted({ratio for ratio, _ in awq.GRID})
+    step = ratios[1] - ratios[0]
     for seed in (10, 20):
         made = Watched.of(kind, preset(scheme, group_size), seed)
         assert len(made.mappings) == 4, made.mappings
@@ -193,21 +195,24 @@ def search(kind: str, scheme: str, group_size: int | str | None) -> dict[str, An
             }
             (ratio, weighted), (best, _) = min(exact.items(), key=lambda item: item[1][0])
             unscaled, _ = exact[0.0, False]
-            at_ratio, scales = exact[found.ratio, found.ratio > 0 or weighted]
+            _, scales = exact[found.ratio, found.ratio > 0 or weighted]
+            chosen = made.direct(mapping, found.scales)
             figures[f"{mapping.smooth}, seed {seed}"] = one = {
-                "loss": relative(found.loss, made.direct(mapping, found.scales)),
+                "loss": relative(found.loss, chosen),
                 "loss before": relative(found.loss_before, unscaled),
                 "scales": float((found.scales / scales - 1).abs().max()),
                 "ratio": found.ratio,
                 "best ratio": ratio,
-                "chosen / best": at_ratio / best,
+                "chosen / best": chosen / best,
                 "best / unscaled": best / unscaled,
             }
             assert one["loss"] < 1e-3 and one["loss before"] < 1e-3, figures
             assert one["scales"] < 1e-3 and one["chosen / best"] < 1.01, figures
+            assert abs(found.ratio - ratio) < 1.01 * step, figures  # the next one at most
             same += found.ratio == ratio
             total += 1
-    assert same >= total - 1, figures
+    # Which of two neighbours is lower by half a percent hangs on the processor's roundings.
+    assert same >= total - 2, figures
     assert min(one["best / unscaled"] for one in figures.values()) < 0.5, figures
     return figures
 
