@@ -39,6 +39,7 @@ from quantize.bucket.client import (
     sha256,
     write,
 )
+from quantize.bucket.errors import TRY_AGAIN
 from quantize.errors import ConflictError, ToolError
 from quantize.keys import file_sha256
 from quantize.listing import LISTING, not_as_made, parse_listing
@@ -50,7 +51,6 @@ ENTRANCE = "config.json"
 """Deleted first and sent last."""
 SAMPLE_BYTES = 64 << 10
 """Read back from the beginning of a file and from somewhere in it, where no checksum is told."""
-TRY_AGAIN = "run the same command again"
 
 OnProgress = Callable[[int, int], None]
 

@@ -121,6 +121,17 @@ def _walk(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     return dict(sorted(files.items())), tuple(sorted(links))
 
 
+@dataclass(frozen=True)
+class _Remote:
+    """Files that are elsewhere: their sizes, and how one is brought here or hashed there."""
+
+    place: str
+    sizes: Mapping[str, int]
+    bring: Callable[[str, Path], None]  # into a folder, under its name
+    sha256: Callable[[str], str | None]  # None: it must be brought here to be hashed
+    commit: str | None = None
+
+
 def _read_repository(
     repo: str, revision: str | None, work: Path, full: bool, on_progress: OnProgress
 ) -> Published:
@@ -128,27 +139,15 @@ def _read_repository(
 
     access = hub.access_from_environment()
     commit = hub.resolve_revision(access, repo, revision)
-    place = f"{repo} at {commit}"
-    remote = {
-        name: file for name, file in hub.list_files(access, repo, commit).items() if is_inside(name)
-    }
-    folder = work / "files"
-    if LISTING in remote:
-        hub.download_files(access, repo, commit, {LISTING: remote[LISTING]}, folder)
-    listing = _listing(folder, place, LISTING in remote)
-    wanted = sorted(listing.keys() & remote.keys())
-    found = {name: FileEntry(name, file.bytes, "") for name, file in remote.items()}
-    total, done, readable = sum(remote[name].bytes for name in wanted), 0, {LISTING}
-    for name in wanted:
-        file, sha256 = remote[name], remote[name].sha256
-        if sha256 is None or full or _is_document(name):
-            hub.download_files(access, repo, commit, {name: file}, folder)
-            sha256 = file_sha256(folder / name)
-            readable.add(name)
-        found[name] = FileEntry(name, file.bytes, sha256)
-        done += file.bytes
-        on_progress(done, total)
-    return Published(place, listing, found, (), folder, frozenset(readable), commit)
+    files = hub.list_files(access, repo, commit)
+    remote = _Remote(
+        f"{repo} at {commit}",
+        {name: file.bytes for name, file in files.items()},
+        lambda name, folder: hub.download_files(access, repo, commit, {name: files[name]}, folder),
+        lambda name: files[name].sha256,
+        commit,
+    )
+    return _read_remote(remote, work / "files", full, on_progress)
 
 
 def _read_url(url: str, work: Path, full: bool, on_progress: OnProgress) -> Published:
@@ -156,26 +155,35 @@ def _read_url(url: str, work: Path, full: bool, on_progress: OnProgress) -> Publ
     from quantize.bucket import client as bucket
 
     place = bucket.open_place(url)
-    remote = {name: file for name, file in bucket.list_files(place).items() if is_inside(name)}
-    folder = work / "files"
-    if LISTING in remote:
-        bucket.fetch(place, LISTING, folder / LISTING)
-    listing = _listing(folder, url, LISTING in remote)
-    wanted = sorted(listing.keys() & remote.keys())
-    found = {name: FileEntry(name, file.bytes, "") for name, file in remote.items()}
-    total, done, readable = sum(remote[name].bytes for name in wanted), 0, {LISTING}
+    sizes = {name: file.bytes for name, file in bucket.list_files(place).items()}
+    remote = _Remote(
+        url,
+        sizes,
+        lambda name, folder: bucket.fetch(place, name, folder / name),
+        lambda name: bucket.sha256(place, name, sizes[name]),
+    )
+    return _read_remote(remote, work / "files", full, on_progress)
+
+
+def _read_remote(remote: _Remote, folder: Path, full: bool, on_progress: OnProgress) -> Published:
+    """Documents, and with `full` everything that is listed, are brought into `folder`."""
+    sizes = {name: size for name, size in remote.sizes.items() if is_inside(name)}
+    if LISTING in sizes:
+        remote.bring(LISTING, folder)
+    listing = _listing(folder, remote.place, LISTING in sizes)
+    wanted = sorted(listing.keys() & sizes.keys())
+    found = {name: FileEntry(name, size, "") for name, size in sizes.items()}
+    total, done, readable = sum(sizes[name] for name in wanted), 0, {LISTING}
     for name in wanted:
-        size = remote[name].bytes
-        if full or _is_document(name):
-            bucket.fetch(place, name, folder / name)
+        sha256 = None if full or _is_document(name) else remote.sha256(name)
+        if sha256 is None:
+            remote.bring(name, folder)
             sha256 = file_sha256(folder / name)
             readable.add(name)
-        else:
-            sha256 = bucket.sha256(place, name, size)
-        found[name] = FileEntry(name, size, sha256)
-        done += size
+        found[name] = FileEntry(name, sizes[name], sha256)
+        done += sizes[name]
         on_progress(done, total)
-    return Published(url, listing, found, (), folder, frozenset(readable))
+    return Published(remote.place, listing, found, (), folder, frozenset(readable), remote.commit)
 
 
 def _is_document(name: str) -> bool:
