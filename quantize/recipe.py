@@ -298,6 +298,18 @@ class EnvironmentOverride(Block):
     python: str = Field(description="Path of its Python interpreter.")
 
 
+class Machine(Block):
+    """Where the run is meant to go; changes no result and no key."""
+
+    gpu: str | None = Field(
+        None, description="The GPU by its name in the table of cards, e.g. H100; found if absent."
+    )
+    gpus: PositiveInt | None = Field(None, description="How many of them; all here if absent.")
+    price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Of the whole machine, in one currency; costs are shown where it is set."
+    )
+
+
 class Recipe(Block):
     """One checkpoint, one method, one measurement, one target."""
 
@@ -318,6 +330,9 @@ class Recipe(Block):
     )
     publish: Publish = Field(
         default_factory=Publish, description="Where the artifact goes; the store only if absent."
+    )
+    machine: Machine = Field(
+        default_factory=Machine, description="Where the run is meant to go, and what that costs."
     )
     environments: dict[Literal["llmcompressor", "vllm", "lmeval"], EnvironmentOverride] = Field(
         default_factory=dict, description="Use these interpreters instead of our own."

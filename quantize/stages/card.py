@@ -104,7 +104,8 @@ def _figures(context: StageContext, record: dict[str, Any]) -> list[Figure]:
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe with its defaults filled in, without what concerns this machine alone."""
-    values = recipe.model_dump(mode="json", exclude={"publish", "environments"}, exclude_none=True)
+    excluded = {"publish", "environments", "machine"}
+    values = recipe.model_dump(mode="json", exclude=excluded, exclude_none=True)
     values["quantize"]["scheme"] = recipe.quantize.effective_scheme
     group_size = recipe.quantize.effective_group_size
     if group_size is not None:

@@ -76,7 +76,7 @@ class Stage:
 
     def __init__(self, root: Path, contents: Mapping[str, bytes] = MODEL) -> None:
         self.root, self.store = root, Store(root / "store")
-        values = recipe().model_dump(mode="json", exclude={"publish", "environments"})
+        values = recipe().model_dump(mode="json", exclude={"publish", "environments", "machine"})
         record = card_record(values)
         self.compress = artifact(self.store, "compress", contents)
         self.card = artifact(self.store, "card", {"README.md": CARD, "record.json": record})
