@@ -38,7 +38,11 @@ class Group(click.Group):
             sys.exit(2)
         except QuantizeError as error:
             fail(error)
-        except Exception:
+        except Exception as error:
+            from quantize.refusals import refusal
+
+            if isinstance(error, OSError) and (refused := refusal(error)) is not None:
+                fail(refused)
             traceback.print_exc()
             click.echo("this is a bug of quantize: please report it with the lines above", err=True)
             sys.exit(1)
@@ -383,7 +387,11 @@ def store_verify(store_folder: Path | None) -> int:
 
     damaged = 0
     count = 0
-    for artifact in open_store(store_folder).artifacts():
+    opened = open_store(store_folder)
+    for folder in opened.unreadable():
+        damaged += 1
+        click.echo(f"{folder}: no readable manifest of this kind, key and version")
+    for artifact in opened.artifacts():
         count += 1
         for problem in artifact.damage(hash_files=True):
             damaged += 1

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import errno
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from quantize.errors import GateError, ResourceError, UsageError
+from quantize.errors import GateError, UsageError
 from quantize.plan import Plan, StageEntry
 from quantize.planner import STAGES, stale
+from quantize.refusals import refusals
+from quantize.room import room_needed
 from quantize.runner import Runner
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, Store
@@ -77,7 +78,8 @@ def execute(
     for index, entry in enumerate(plan.stages, 1):
         if entry.id == "publish" and "publish" in selected:
             gate(outcome.artifacts)
-        artifact, reason = find(entry, resolved, store)
+        with refusals(f"stage {entry.id}", store.root):
+            artifact, reason = find(entry, resolved, store)
         if artifact is not None:
             outcome.artifacts[entry.id] = artifact
             if entry.id in selected:
@@ -94,7 +96,8 @@ def execute(
         with runner.progress.stage(entry.id, index, len(plan.stages)):
             if reason and entry.status != "missing":
                 runner.progress.note(reason)
-            with _room(entry.id):
+            needed = functools.partial(room_needed, entry, resolved, store, outcome.artifacts)
+            with refusals(f"stage {entry.id}", store.root, needed):
                 stage, artifact = _run_stage(
                     entry, plan, resolved, store, runner, outcome.artifacts
                 )
@@ -102,20 +105,6 @@ def execute(
         outcome.stages.append(replace(stage, reason=reason))
     if "compare" in selected:
         gate(outcome.artifacts)
-
-
-@contextmanager
-def _room(stage_id: str) -> Iterator[None]:
-    """A full disk is not a bug of ours."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(
-            f"stage {stage_id}: the disk is full: {error}",
-            "free some with `quantize store gc`, or name another place with --store",
-        ) from error
 
 
 def find(entry: StageEntry, resolved: Resolved, store: Store) -> tuple[Artifact | None, str]:

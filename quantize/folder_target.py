@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from quantize.disk import FULL, room
 from quantize.errors import ConflictError, ResourceError
 from quantize.listing import LISTING, damage, not_as_made, parse_listing
 from quantize.store import FileEntry, fsync
@@ -46,6 +47,7 @@ def publish_folder(
     """
     new = target.with_name(f".{target.name}.quantize-new")
     old = target.with_name(f".{target.name}.quantize-old")
+    total = sum(entry.bytes for entry in files)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         try:
@@ -65,8 +67,10 @@ def publish_folder(
             fsync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
+            number = error.errno
+            more = f"; {room(target.parent, total)}" if number in FULL else ""
             raise ResourceError(
-                f"cannot publish to {target}: {error.strerror or error}",
+                f"cannot publish to {target}: {error.strerror or error}{more}",
                 "free space or permissions there, or set another publish.folder",
             ) from error
     return Written(changed=True, aside=aside)

@@ -15,6 +15,9 @@ from quantize.errors import SourceError
 from quantize.keys import digest, file_sha256
 from quantize.protocol import write_json
 
+Stamp = list[int]
+"""Size, mtime, ctime (ns) and inode of a file: another one for every change of its contents."""
+
 
 class HashCache:
     """sha256 by (path, size, mtime, ctime, inode), as git's index keeps them.
@@ -45,6 +48,14 @@ class HashCache:
         """sha256 of a file, hashed only when the cache does not know it."""
         return self._hash([file])[0]
 
+    def sha256_all(self, files: list[Path]) -> list[str]:
+        """sha256 of each file; several are hashed at once."""
+        return self._hash(files)
+
+    def remember(self, file: Path, stamp: Stamp, sha: str) -> None:
+        """Take over what was hashed elsewhere, if the file still is what it was at `stamp`."""
+        self._remember(file, stamp, sha)
+
     def tree(self, root: Path, names: list[str]) -> str:
         """As :func:`quantize.keys.tree_sha256`: one digest of names and contents."""
         return digest(dict(zip(names, self._hash([root / name for name in names]), strict=True)))
@@ -53,7 +64,7 @@ class HashCache:
         """Bytes that would have to be read to hash `files`."""
         unknown = 0
         for file in files:
-            stamp = _stamp(file)
+            stamp = stamp_of(file)
             if self._known(file, stamp) is None:
                 unknown += stamp[0]
         return unknown
@@ -66,10 +77,19 @@ class HashCache:
         with suppress(OSError):  # a read-only home costs hashing next time, nothing else
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, kept)
+            self.changed = False
+            self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files of processes that were killed while they saved."""
+        processes = Path("/proc")
+        for path in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            if (processes / "self").exists() and not (processes / path.suffixes[-2][1:]).exists():
+                path.unlink(missing_ok=True)
 
     def _hash(self, files: list[Path]) -> list[str]:
         """sha256 of each file; several are hashed at once, which a fast disk needs."""
-        stamps = [_stamp(file) for file in files]
+        stamps = [stamp_of(file) for file in files]
         found = [self._known(file, stamp) for file, stamp in zip(files, stamps, strict=True)]
         missing = [index for index, sha in enumerate(found) if sha is None]
         total, done = sum(stamps[index][0] for index in missing), 0
@@ -84,22 +104,25 @@ class HashCache:
                     self.on_hashed(done, total)
         return [sha for sha in found if sha is not None]
 
-    def _known(self, file: Path, stamp: list[int]) -> str | None:
+    def _known(self, file: Path, stamp: Stamp) -> str | None:
         entry = self.entries.get(str(file.absolute()))
         if isinstance(entry, list) and len(entry) == 5 and entry[:4] == stamp:
             return str(entry[4])
         return None
 
-    def _remember(self, file: Path, stamp: list[int], sha: str) -> None:
+    def _remember(self, file: Path, stamp: Stamp, sha: str) -> None:
         newest_ns = max(stamp[1], stamp[2])
         settled = time.time_ns() - newest_ns > self.settle_seconds * 1e9
-        if settled and _stamp(file) == stamp:
+        if settled and stamp_of(file) == stamp:
             self.entries[str(file.absolute())] = [*stamp, sha]
             self.changed = True
 
 
-def _stamp(file: Path) -> list[int]:
-    """Size, mtime, ctime, inode. A link's target counts: Hub caches are folders of links."""
+def stamp_of(file: Path) -> Stamp:
+    """A file's stamp; SourceError where there is none.
+
+    A link's target counts: Hub caches are folders of links.
+    """
     try:
         status = file.stat()
     except OSError as error:

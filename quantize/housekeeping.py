@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quantize.environments import ENVIRONMENTS, Environments, accelerator, cache_folder
+from quantize.in_use import collecting
 from quantize.progress import Progress
+from quantize.room import written_bytes
 from quantize.session import Session, Write, choose_view, open_store
 
 
@@ -49,22 +51,30 @@ def doctor() -> Iterator[tuple[str, str]]:
 def collect_garbage(
     folder: Path | None, recipes: Sequence[str], *, dry_run: bool
 ) -> Iterator[tuple[Path, int]]:
-    """Remove leftovers and old run folders, and, given `recipes`, what none of them uses."""
+    """Remove leftovers and old run folders, and, given `recipes`, what none of them uses.
+
+    What runs under way on this store use is kept, whatever their recipes.
+    """
     store = open_store(folder)
-    unused: list[Path] = []
-    if recipes:
-        used = {
-            (entry.kind, entry.key)
-            for recipe in recipes
-            for entry in Session.open(recipe, (), folder, online=True).plan.stages
-        }
-        unused = [
-            artifact.path
-            for artifact in store.artifacts()
-            if (artifact.manifest.kind, artifact.manifest.key) not in used
-        ]
-    for path in itertools.chain(store.leftovers(), store.old_runs(), unused):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if not dry_run:
-            shutil.rmtree(path)
-        yield path, size
+    wanted = {
+        (entry.kind, entry.key)
+        for recipe in recipes
+        for entry in Session.open(recipe, (), folder, online=True).plan.stages
+    }
+    if not store.root.is_dir():
+        return
+    with collecting(store.root) as in_use:
+        unused: list[Path] = []
+        if recipes:
+            kept = wanted | in_use.artifacts
+            unused = [
+                artifact.path
+                for artifact in store.artifacts()
+                if (artifact.manifest.kind, artifact.manifest.key) not in kept
+            ]
+        old_runs = [path for path in store.old_runs() if path not in in_use.folders]
+        for path in itertools.chain(store.leftovers(), old_runs, unused):
+            size = written_bytes(path)
+            if not dry_run:
+                shutil.rmtree(path)
+            yield path, size

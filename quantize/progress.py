@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,7 +94,8 @@ class Progress:
             return
         self._written = now
         status = {"state": "running", "time": time.time(), **self._status, **self._inside}
-        write_json(self.status_file, status)
+        with suppress(OSError):  # a disk that is full now may not be later; the work goes on
+            write_json(self.status_file, status)
 
 
 class LineView:

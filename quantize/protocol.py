@@ -11,7 +11,7 @@ people; nothing parses it.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import os
 import sys
@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from quantize.disk import fault
 
 VERSION = 1
 
@@ -64,11 +66,16 @@ def write_atomic(path: str | Path, text: str) -> None:
     """Write `text` to `path` so that a kill at any moment leaves the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # on a full disk every file counts
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -110,12 +117,14 @@ def load_result(path: str | Path) -> Result:
     return Result(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _kind(error: Exception) -> str:
-    """A full disk and exhausted memory, torch's too, are the machine's; nobody foresaw the rest."""
+def _failed(error: Exception) -> Result:
+    """The disk's refusals and exhausted memory, torch's too, are the machine's; no others are."""
+    if (refused := fault(error)) is not None:
+        return Result(ok=False, kind=refused.kind, message=refused.message, hint=refused.hint)
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     out_of_memory = out_of_memory or "can't allocate memory" in str(error)  # torch on a CPU
-    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "ResourceError" if out_of_memory or disk_full else "ToolError"
+    kind = "ResourceError" if out_of_memory else "ToolError"
+    return Result(ok=False, kind=kind, message=f"{type(error).__name__}: {error}")
 
 
 def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
@@ -129,8 +138,7 @@ def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
         result = Result(ok=False, kind=error.kind, message=error.message, hint=error.hint)
     except Exception as error:  # the log file has the traceback; the result has one line
         traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
-        result = Result(ok=False, kind=_kind(error), message=message)
+        result = _failed(error)
     write_json(result_path, asdict(result))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize import errors
+from quantize import disk, errors
 from quantize.environments import Environments
 from quantize.errors import Interrupted, ResourceError, ToolError, TransientError
 from quantize.process import Process
@@ -165,7 +165,8 @@ class _Tail:
         complete = block[: block.rfind(b"\n") + 1]
         self._offset += len(complete)
         for line in complete.splitlines():
-            self._progress.event(json.loads(line))
+            with suppress(ValueError):  # torn by a full disk, and the next one appended to it
+                self._progress.event(json.loads(line))
 
 
 def _ended(
@@ -185,4 +186,7 @@ def _without_result(what: str, code: int, process: Process) -> errors.QuantizeEr
             f"{what} was killed (SIGKILL), most likely for using too much memory",
             f"use a machine with more memory, or fewer or shorter samples; {where}",
         )
+    if (number := disk.spoken(process.tail())) is not None:
+        message = f"{what} ended with exit code {code}:\n{process.tail()}"
+        return ResourceError(message, f"{disk.HINTS[number]}; {where}")
     return ToolError(f"{what} ended with exit code {code}:\n{process.tail()}", where)

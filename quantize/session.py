@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from quantize.environments import (
 )
 from quantize.errors import Interrupted, QuantizeError, ResourceError
 from quantize.execute import Outcome, execute, places, select
+from quantize.hash_cache import HashCache
+from quantize.in_use import announced
 from quantize.plan import Plan
 from quantize.planner import plan, with_stale, with_status
 from quantize.preflight import preflight
@@ -24,6 +27,7 @@ from quantize.process import withhold
 from quantize.progress import BarView, LineView, Progress, View
 from quantize.protocol import write_json
 from quantize.recipe_file import load_recipe
+from quantize.refusals import refusals
 from quantize.resolve import PLAN_HASH_LIMIT_BYTES, resolve
 from quantize.resources import find_recipe
 from quantize.runner import Runner
@@ -36,8 +40,11 @@ HASH_REPORT_SECONDS = 3.0
 
 
 def open_store(folder: Path | None) -> Store:
-    """The store at `folder`, or the user's own."""
-    return Store((folder or cache_folder() / "store").absolute())
+    """The store at `folder`, or the user's own; what it hashes is remembered with the rest."""
+    hashes = HashCache(
+        cache_folder() / "artifact-hashes.json", on_hashed=_report_hashing("finished artifacts")
+    )
+    return Store((folder or cache_folder() / "store").absolute(), hashes)
 
 
 @dataclass
@@ -65,7 +72,7 @@ class Session:
             online=online,
             cache_path=cache_folder() / "hashes.json",
             hash_limit_bytes=None if online else PLAN_HASH_LIMIT_BYTES,
-            on_hashed=_report_hashing(),
+            on_hashed=_report_hashing("the checkpoint"),
         )
         own = {str(k): Path(v.python).expanduser() for k, v in parsed.environments.items()}
         environments = Environments(here, cache_folder(), own)
@@ -88,9 +95,10 @@ class Session:
             if not as_json:
                 for note in self.plan.notes:
                     progress.note(f"note: {note}")
-            preflight(self.resolved, self.store.root, self._kinds_to_run(selected))
-            self.environments.check_overrides()
-            execute(self.plan, self.resolved, self.store, runner, selected, outcome)
+            with refusals("", self.store.root), self._announced(folder, progress):
+                preflight(self.resolved, self.store.root, self._kinds_to_run(selected))
+                self.environments.check_overrides()
+                execute(self.plan, self.resolved, self.store, runner, selected, outcome)
         except BaseException as error:
             progress.finish("interrupted" if isinstance(error, Interrupted) else "failed")
             self._finish(folder, outcome, runner, started, error, as_json, write)
@@ -114,13 +122,24 @@ class Session:
         }
         return {name: artifact for name, artifact in found.items() if artifact is not None}
 
+    def _announced(
+        self, folder: Path, progress: Progress
+    ) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, no garbage collection takes what this run has made or will read."""
+
+        def on_wait() -> None:
+            progress.note("waiting for a garbage collection of the store")
+
+        used = [(entry.kind, entry.key) for entry in self.plan.stages if entry.key is not None]
+        return announced(self.store.root, used, folder, on_wait)
+
     def _kinds_to_run(self, selected: Sequence[str]) -> set[str]:
         """Kinds of the stages that this run will do something for, as far as the plan knows."""
         return {e.kind for e in self.plan.stages if e.id in selected and e.status != "done"}
 
     def _run_folder(self) -> Path:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        unique = f"{time.time_ns() % 10**9:09d}"  # a sweep starts many in one second
+        unique = secrets.token_hex(4)  # a sweep starts many in one second
         folder = self.store.root / ".runs" / f"{self.plan.recipe_name}-{stamp}-{unique}"
         try:
             (folder / "logs").mkdir(parents=True)
@@ -166,7 +185,10 @@ class Session:
             }
         if "card" in outcome.artifacts:
             result["summary"] = summary_json(outcome.artifacts["card"].json("record.json"), where)
-        write_json(folder / "result.json", result)
+        try:
+            write_json(folder / "result.json", result)
+        except OSError as refused:  # the disk is full: the terminal says what became of the run
+            print(f"cannot write {folder / 'result.json'}: {refused.strerror}", file=sys.stderr)
         if as_json:
             import json
 
@@ -197,17 +219,15 @@ class Session:
             )
 
 
-def _report_hashing() -> Callable[[int, int], None]:
-    """Say how far the hashing of a large local checkpoint is; small ones pass in silence."""
+def _report_hashing(what: str) -> Callable[[int, int], None]:
+    """Say how far the hashing of large files is; small ones pass in silence."""
     said = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal said
         if time.monotonic() - said >= HASH_REPORT_SECONDS:
             said = time.monotonic()
-            print(
-                f"hashing the checkpoint: {done / 1e9:.0f} of {total / 1e9:.0f} GB", file=sys.stderr
-            )
+            print(f"hashing {what}: {done / 1e9:.0f} of {total / 1e9:.0f} GB", file=sys.stderr)
 
     return report
 

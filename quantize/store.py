@@ -10,10 +10,12 @@ same stage may continue from it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from quantize.errors import ResourceError, ToolError
+from quantize.disk import UNREADABLE
+from quantize.errors import QuantizeError, ResourceError, ToolError
+from quantize.hash_cache import HashCache, Stamp, stamp_of
 from quantize.keys import file_sha256
 from quantize.protocol import write_json
 
@@ -29,8 +33,8 @@ MANIFEST = "manifest.json"
 KEEP_RUNS = 20
 """Run folders that a garbage collection leaves."""
 VERIFY_ON_READ_BYTES = 1 << 30
-"""Artifacts up to this size are hashed whole at every hit; larger ones by size, and hashed by
-`store verify` and before they are published."""
+"""Artifacts up to this size are hashed whole at every hit; of larger ones the files that changed,
+by size, times or inode, since they were last hashed. See docs/adr/0025."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,19 @@ class Artifact:
         return json.loads(self.file(name).read_text(encoding="utf-8"))
 
     def damage(self, *, hash_files: bool) -> list[str]:
-        """What differs from the manifest: missing, resized, changed or added files."""
+        """What differs from the manifest: missing, resized, changed, lost or added files."""
         found = []
         for entry in self.manifest.files:
             path = self.path / entry.name
-            if not path.is_file():
-                found.append(f"{entry.name} is missing")
-            elif path.stat().st_size != entry.bytes:
-                found.append(f"{entry.name} has {path.stat().st_size} bytes, not {entry.bytes}")
-            elif hash_files and file_sha256(path) != entry.sha256:
-                found.append(f"{entry.name} has other content (sha256 differs)")
+            try:
+                if not path.is_file():
+                    found.append(f"{entry.name} is missing")
+                elif path.stat().st_size != entry.bytes:
+                    found.append(f"{entry.name} has {path.stat().st_size} bytes, not {entry.bytes}")
+                elif hash_files and file_sha256(path) != entry.sha256:
+                    found.append(f"{entry.name} has other content (sha256 differs)")
+            except OSError as error:
+                found.append(_lost(entry.name, error))
         known = {entry.name for entry in self.manifest.files} | {MANIFEST}
         found += [f"{name} was added" for name in _relative_files(self.path) if name not in known]
         return found
@@ -128,8 +135,9 @@ class Staging:
 class Store:
     """The artifacts below one folder, which may be shared by many processes and machines."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, hashes: HashCache | None = None) -> None:
         self.root = root
+        self.hashes = hashes
 
     def path(self, kind: str, key: str) -> Path:
         """Where the artifact is, or would be."""
@@ -142,19 +150,42 @@ class Store:
             manifest = Manifest.load(path / MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            return None  # its bytes are lost
         except (ValueError, KeyError, TypeError):  # a damaged manifest is no manifest
             return None
         # Nor is one that belongs elsewhere: somebody copied or renamed the folder.
         return Artifact(path, manifest) if (manifest.kind, manifest.key) == (kind, key) else None
 
     def damage(self, artifact: Artifact) -> list[str]:
-        """Check a hit before it is used: sizes always, contents of small artifacts."""
-        small = artifact.manifest.total_bytes <= VERIFY_ON_READ_BYTES
-        return artifact.damage(hash_files=small)
+        """Check a hit before it is used: names, sizes and contents.
+
+        A large artifact's file that is the same by :data:`Stamp` as when it was last hashed is not
+        read again, where this store was given a cache of hashes.
+        """
+        if self.hashes is None or artifact.manifest.total_bytes <= VERIFY_ON_READ_BYTES:
+            return artifact.damage(hash_files=True)
+        if found := artifact.damage(hash_files=False):
+            return found
+        entries = artifact.manifest.files
+        try:
+            digests = self.hashes.sha256_all([artifact.path / entry.name for entry in entries])
+        except QuantizeError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            return [_lost(error.message, error.__cause__)]
+        self.hashes.save()
+        return [
+            f"{entry.name} has other content (sha256 differs)"
+            for entry, sha256 in zip(entries, digests, strict=True)
+            if sha256 != entry.sha256
+        ]
 
     def set_aside(self, kind: str, key: str) -> Path:
         """Move an artifact that cannot be used out of the way, for the user to look at."""
-        target = self.root / ".damaged" / kind / f"{key}-{time.time_ns()}"
+        target = self.root / ".damaged" / kind / f"{key}-{uuid.uuid4().hex[:12]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.path(kind, key), target)
         return target
@@ -168,6 +199,14 @@ class Store:
                 artifact = self.get(kind.name, folder.name)
                 if artifact is not None:
                     yield artifact
+
+    def unreadable(self) -> Iterator[Path]:
+        """Folders in an artifact's place that have no manifest of this kind, key and schema."""
+        if self.root.is_dir():
+            for kind in sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != "."):
+                for folder in sorted(p for p in kind.iterdir() if p.name[0] != "."):
+                    if folder.is_dir() and self.get(kind.name, folder.name) is None:
+                        yield folder
 
     def manifests(self, kind: str) -> Iterator[Manifest]:
         """The manifests of every complete artifact of one kind."""
@@ -222,7 +261,8 @@ class Store:
             ) from error
         try:
             staging = Staging(kind, key, folder)
-            shutil.rmtree(staging.files, ignore_errors=True)
+            if staging.files.exists():
+                shutil.rmtree(staging.files)
             staging.files.mkdir(parents=True)
             staging.work.mkdir(exist_ok=True)
             yield staging
@@ -245,7 +285,8 @@ class Store:
 
         An artifact stands alone: anything but regular files and folders in it is a ToolError.
         """
-        entries = []
+        entries: list[FileEntry] = []
+        stamps: list[Stamp] = []
         for name in _relative_files(staging.files):
             path = staging.files / name
             if path.is_symlink() or not path.is_file() or name == MANIFEST:
@@ -253,7 +294,8 @@ class Store:
                     f"{staging.kind} wrote {name}, which cannot be part of an artifact",
                     "this is a bug of the stage: it must write regular files of its own",
                 )
-            fsync(path)
+            _sync(path, staging)
+            stamps.append(stamp_of(path))
             entries.append(FileEntry(name, path.stat().st_size, file_sha256(path)))
         manifest = Manifest(
             kind=staging.kind,
@@ -268,14 +310,24 @@ class Store:
         )
         write_json(staging.files / MANIFEST, asdict(manifest))
         for folder, _, _ in os.walk(staging.files):
-            fsync(Path(folder))
+            _sync(Path(folder), staging)
         final = self.path(staging.kind, staging.key)
         if final.exists():  # damaged or stale, or it would have been found: we hold the lock
             self.set_aside(staging.kind, staging.key)
         os.rename(staging.files, final)
         fsync(final.parent)
         shutil.rmtree(staging.folder, ignore_errors=True)
-        return Artifact(final, manifest)
+        artifact = Artifact(final, manifest)
+        self._remember(artifact, stamps)
+        return artifact
+
+    def _remember(self, artifact: Artifact, stamps: list[Stamp]) -> None:
+        """A large artifact was hashed just now: the next hit need not."""
+        if self.hashes is None or artifact.manifest.total_bytes <= VERIFY_ON_READ_BYTES:
+            return
+        for entry, stamp in zip(artifact.manifest.files, stamps, strict=True):
+            self.hashes.remember(artifact.path / entry.name, stamp, entry.sha256)
+        self.hashes.save()
 
 
 def _relative_files(root: Path) -> list[str]:
@@ -285,6 +337,27 @@ def _relative_files(root: Path) -> list[str]:
         links = [name for name in folders if Path(folder, name).is_symlink()]
         names += [Path(folder, name).relative_to(root).as_posix() for name in files + links]
     return sorted(names)
+
+
+def _lost(name: str, error: OSError) -> str:
+    """The damage of a file whose bytes the disk does not give; any other error is raised."""
+    if error.errno not in UNREADABLE:
+        raise error
+    return f"{name} cannot be read: {error.strerror}"
+
+
+def _sync(path: Path, staging: Staging) -> None:
+    """As :func:`fsync`; when the disk refuses, nothing that the stage wrote is trusted again.
+
+    After a failed fsync the kernel calls the lost pages clean, and the next fsync succeeds (Rebello
+    et al., Can Applications Recover from fsync Failures?, USENIX ATC 2020). So the scratch goes.
+    """
+    try:
+        fsync(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            shutil.rmtree(staging.folder, ignore_errors=True)
+        raise
 
 
 def fsync(path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantize.keys import digest
 from quantize.protocol import write_json
 
 
@@ -29,7 +30,8 @@ class Parts:
 
     def put(self, name: str, value: Any, seconds: float) -> None:
         """Keep a part that was measured elsewhere."""
-        write_json(self._path(name), {"value": value, "seconds": seconds})
+        sha256 = digest([value, seconds])
+        write_json(self._path(name), {"value": value, "seconds": seconds, "sha256": sha256})
 
     def value(self, name: str) -> Any:
         """A finished part."""
@@ -38,8 +40,12 @@ class Parts:
         return stored["value"]
 
     def has(self, name: str) -> bool:
-        """Whether the part is finished."""
-        return self._path(name).exists()
+        """Whether the part is finished, and what was written is what is there."""
+        try:
+            stored = json.loads(self._path(name).read_text(encoding="utf-8"))
+            return bool(stored["sha256"] == digest([stored["value"], stored["seconds"]]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # measured again, and said by nobody: it is as if it had not been
 
     def _path(self, name: str) -> Path:
         return self.folder / f"part-{name.replace('/', '_').replace(':', '-')}.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from quantize.adapter import adapter_folder, tokenizer_folder
 from quantize.checkpoint import model_folder
 from quantize.machine import device_name
 from quantize.measure.client import MAX_CONNECTIONS, Client
+from quantize.measure.port import held_port
 from quantize.measure.scope import Scope
 from quantize.model_files import read_json_object
 from quantize.process import Process
@@ -49,6 +49,12 @@ class Running:
 @contextmanager
 def serve(context: StageContext, scope: Scope, model: Path) -> Iterator[Running]:
     """Serve `model` until the block is left; failures inside blame a dead server."""
+    with held_port() as port, _serve(context, scope, model, port) as running:
+        yield running
+
+
+@contextmanager
+def _serve(context: StageContext, scope: Scope, model: Path, port: int) -> Iterator[Running]:
     backend = SERVERS[context.recipe.serve.engine]
     adapter = _adapter(context, scope)
     texts = [text for text in (scope.perplexity, scope.own_text) if text is not None]
@@ -56,7 +62,7 @@ def serve(context: StageContext, scope: Scope, model: Path) -> Iterator[Running]
         python=context.runner.python(backend.ENVIRONMENT),
         model=model,
         served_name=BASE_NAME if adapter is not None else SERVED_NAME,
-        port=_free_port(),
+        port=port,
         accelerator=context.resolved.accelerator,
         serve=context.recipe.serve,
         max_logprobs=max((text.top_k for text in texts), default=1),
@@ -146,9 +152,3 @@ def special_tokens(model: Path) -> list[str]:
         return []
     added = read_json_object(path).get("added_tokens", [])
     return [str(token["content"]) for token in added if token.get("special")]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from quantize import store as module
 from quantize.errors import ResourceError, ToolError
+from quantize.hash_cache import HashCache
 from quantize.housekeeping import collect_garbage
 from quantize.store import KEEP_RUNS, MANIFEST, Artifact, Staging, Store
 
@@ -332,19 +334,80 @@ def test_damage_is_found(spoil: Callable[[Path], None], expected: str, tmp_path:
     assert problem.startswith(expected)
 
 
-@pytest.mark.parametrize(("spoil", "expected"), DAMAGES)
-def test_a_large_artifact_is_hashed_on_demand_only(
-    spoil: Callable[[Path], None],
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Hashed(HashCache):
+    """Counts the bytes that are read."""
+
+    def __init__(self, path: Path, settle_seconds: float = -1e9) -> None:
+        self.read_bytes: list[int] = []
+        super().__init__(
+            path,
+            settle_seconds=settle_seconds,
+            on_hashed=lambda done, total: self.read_bytes.append(done),
+        )
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "VERIFY_ON_READ_BYTES", 6)  # the tree has 7
-    store = Store(tmp_path)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("spoil", "expected"), DAMAGES)
+def test_damage_of_a_large_artifact_is_found(
+    spoil: Callable[[Path], None], expected: str, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store", Hashed(tmp_path / "hashes.json"))
     artifact = make(store)
+    assert store.damage(artifact) == []
     spoil(artifact.file(WEIGHTS))
-    assert bool(store.damage(artifact)) == (spoil is not flip)
-    assert len(artifact.damage(hash_files=True)) == 1
+    (problem,) = store.damage(artifact)
+    assert problem.startswith(expected)
+    again = Store(tmp_path / "store", Hashed(tmp_path / "hashes.json"))  # the next process
+    assert again.damage(artifact) == [problem]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_artifact_is_read_once(tmp_path: Path) -> None:
+    hashes = Hashed(tmp_path / "hashes.json")
+    store = Store(tmp_path / "store", hashes)
+    artifact = make(store)
+    assert store.damage(artifact) == []
+    assert hashes.read_bytes == []  # the commit has read it
+    (tmp_path / "hashes.json").unlink()
+    hashes = Hashed(tmp_path / "hashes.json")
+    assert Store(store.root, hashes).damage(artifact) == []
+    assert max(hashes.read_bytes) == artifact.manifest.total_bytes
+    hashes = Hashed(tmp_path / "hashes.json")
+    assert Store(store.root, hashes).damage(artifact) == []
+    assert hashes.read_bytes == []
+
+
+@pytest.mark.usefixtures("large")
+def test_what_was_written_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
+    hashes = Hashed(tmp_path / "hashes.json", settle_seconds=3600)
+    store = Store(tmp_path / "store", hashes)
+    artifact = make(store)
+    for _ in range(2):
+        hashes.read_bytes.clear()
+        assert store.damage(artifact) == []
+        assert max(hashes.read_bytes) == artifact.manifest.total_bytes
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("shift", [-(10**9), 10**9])  # seconds, before 1995 and after 2058
+def test_a_flip_is_found_whatever_the_clock_and_the_files_times_say(
+    shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times can be set back to what they were, but for ctime, which is the kernel's."""
+    store = Store(tmp_path / "store", Hashed(tmp_path / "hashes.json"))
+    artifact = make(store)
+    path = artifact.file(WEIGHTS)
+    before = path.stat()
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + shift * 10**9)
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert store.damage(artifact)
 
 
 def test_every_byte_counts(tmp_path: Path) -> None:

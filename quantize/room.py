@@ -1,0 +1,51 @@
+"""How much a stage still has to write, for the message about a full disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from quantize.checkpoint import model_folder, read_checkpoint
+from quantize.errors import QuantizeError
+from quantize.plan import StageEntry
+from quantize.source_checks import promised_bytes
+from quantize.stages.base import Resolved
+from quantize.store import Artifact, Store
+
+
+def room_needed(
+    entry: StageEntry, resolved: Resolved, store: Store, artifacts: Mapping[str, Artifact]
+) -> int | None:
+    """Bytes that the stage's result takes, less what is staged already; None if it is not known.
+
+    Compress: the tensors that the scheme promises. Publish: what is copied. A merge: the weights in
+    BF16. Of other stages nothing is known beforehand; what they write is small.
+    """
+    whole: int | None = None
+    with suppress(QuantizeError, OSError, KeyError):
+        whole = _whole(entry, resolved, artifacts)
+    if whole is None:
+        return None
+    staged = store.root / entry.kind / ".staging" / str(entry.key) / "files"
+    return max(whole - written_bytes(staged), 1)
+
+
+def _whole(entry: StageEntry, resolved: Resolved, artifacts: Mapping[str, Artifact]) -> int | None:
+    if entry.kind == "compress":
+        source = read_checkpoint(model_folder(artifacts["fetch"]))
+        return promised_bytes(source, resolved.recipe)
+    if entry.kind == "publish" and resolved.recipe.publish.folder is not None:
+        return artifacts["compress"].manifest.total_bytes + artifacts["card"].manifest.total_bytes
+    if entry.kind == "fetch" and resolved.recipe.model.merges and "model" in resolved.paths:
+        return 2 * read_checkpoint(resolved.paths["model"]).parameters
+    return None
+
+
+def written_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; what goes meanwhile counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
