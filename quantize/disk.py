@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,16 +92,15 @@ def _describe(number: int, error: BaseException) -> str:
     return f"{heads.get(number, 'the system refuses')}: {said}"
 
 
-def free_bytes(place: Path) -> int:
-    """Bytes that this user may still write below `place`, which need not exist yet."""
-    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
-
-
 def room(place: Path, needed: int | None = None) -> str:
     """`N bytes are free at PLACE, about M more are needed`, for a message about a full disk."""
     try:
-        free = f"{free_bytes(place)} bytes are free at {place}"
+        there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+        found = os.statvfs(there)
     except OSError as error:
         free = f"{place} cannot be looked at ({error.strerror})"
+    else:
+        free = f"{found.f_bavail * found.f_frsize} bytes are free at {place}"
+        if found.f_files and not found.f_favail:
+            free += ", and no inode for another file"
     return free if needed is None else f"{free}, about {needed} bytes more are needed"

@@ -82,6 +82,7 @@ def execute(
             artifact, reason = find(entry, resolved, store)
         if artifact is not None:
             outcome.artifacts[entry.id] = artifact
+            store.drop_scratch(artifact.manifest.kind, artifact.manifest.key)
             if entry.id in selected:
                 assert entry.key is not None
                 outcome.stages.append(StageOutcome(entry.id, entry.key, "hit", "", 0.0, 0.0))

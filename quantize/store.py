@@ -228,6 +228,14 @@ class Store:
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 yield folder
 
+    def drop_scratch(self, kind: str, key: str) -> None:
+        """Remove what a run left that was killed after its commit; nobody goes on from it."""
+        folder = self.root / kind / ".staging" / key
+        if folder.exists():
+            lock = FileLock(folder.with_name(f"{key}.lock"))
+            with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def old_runs(self) -> list[Path]:
         """Run folders (logs, `status.json`, `result.json`) but the newest ones."""
         runs = sorted((self.root / ".runs").glob("*/"), key=lambda path: path.stat().st_mtime)

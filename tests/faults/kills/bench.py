@@ -25,6 +25,7 @@ MARK = "QUANTIZE_FAULT_TRIAL"
 GONE_SECONDS = 30.0
 """A supervisor ends what it started within its 15 s of grace; a busy machine takes longer."""
 
+MODULE = (sys.executable, "-m", "quantize")
 ALWAYS = ("evaluate.gate.inconclusive=pass", "evaluate.noise=false", "evaluate.retention=false")
 MEASURED = ("evaluate.quick=true", *ALWAYS)
 UNMEASURED = ("evaluate=null",)
@@ -71,7 +72,11 @@ class Bench:
                 raise Broken(f"the undisturbed run ended with {ended.code}: {ended.err[-2000:]}")
             os.rename(self.store.root, self.clean.root)
             os.rename(self.published, self.clean_published)
-        planned = subprocess.run(
+        self.stages = self.planned()
+
+    def planned(self) -> dict[str, tuple[str, str]]:
+        """(kind, key) of every stage by its id, in the plan's order."""
+        done = subprocess.run(
             [*self._command("plan", self.clean), "--json"],
             cwd=self.folder,
             env=self.environment(),
@@ -79,9 +84,11 @@ class Bench:
             text=True,
             check=True,
         )
-        for stage in json.loads(planned.stdout)["stages"]:
+        found = {}
+        for stage in json.loads(done.stdout)["stages"]:
             kind = "measure" if stage["id"].startswith("measure") else stage["id"]
-            self.stages[stage["id"]] = (kind, stage["key"])
+            found[stage["id"]] = (kind, stage["key"])
+        return found
 
     def reset(self, stage: str) -> None:
         """A store with what comes before `stage`, copied: nothing reaches the originals."""
@@ -98,9 +105,15 @@ class Bench:
         assert artifact is not None
         return artifact
 
-    def run(self, *arguments: str, under: Sequence[str] = (), seconds: float = 1800) -> Ended:
+    def run(
+        self,
+        *arguments: str,
+        under: Sequence[str] = (),
+        seconds: float = 1800,
+        python: Sequence[str] = MODULE,
+    ) -> Ended:
         """One `quantize run`; Broken when it does not end, or leaves a process behind."""
-        command = [*under, *self._command("run", self.store), "--json", *arguments]
+        command = [*under, *self._command("run", self.store, python), "--json", *arguments]
         process = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -131,8 +144,8 @@ class Bench:
         }
         return {**kept, **ours}
 
-    def _command(self, what: str, store: Store) -> list[str]:
-        command = [sys.executable, "-m", "quantize", what, "tiny-llama-gptq"]
+    def _command(self, what: str, store: Store, python: Sequence[str] = MODULE) -> list[str]:
+        command = [*python, what, "tiny-llama-gptq"]
         command += ["--store", str(store.root), "--set", f"publish.folder={self.published}"]
         for value in self.sets:
             command += ["--set", value]

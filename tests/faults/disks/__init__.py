@@ -1,0 +1,1 @@
+"""Disks that are full, fail, or are slow, under real runs of the tiny recipe."""

@@ -1,0 +1,65 @@
+"""Each refusal of the system has its class, its exit code and its next step."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from quantize.disk import HINTS, SPOKEN, fault, spoken
+from quantize.errors import ResourceError, TransientError
+from quantize.refusals import refusal, refusals
+
+
+@pytest.mark.parametrize("number", sorted(HINTS))
+def test_every_class_of_refusal_is_no_bug(number: int, tmp_path: Path) -> None:
+    error = refusal(OSError(number, os.strerror(number), "weights"), "stage x", tmp_path)
+    assert error is not None
+    assert os.strerror(number) in error.message
+    assert "stage x: " in error.message
+    assert error.hint
+    away = number in (errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN)
+    assert type(error) is (TransientError if away else ResourceError)
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    assert (f"bytes are free at {tmp_path}" in error.message) == full
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), KeyError("x"), OSError("odd")])
+def test_a_bug_stays_a_bug(error: Exception) -> None:
+    assert fault(error) is None
+
+
+def test_what_native_code_says_is_understood() -> None:
+    """safetensors, as it says it; and a library's error that was raised from the system's."""
+    rust = Exception(
+        'Error while serializing: I/O error: Os { code: 28, message: "No space left on device" }'
+    )
+    found = fault(rust)
+    assert found is not None
+    assert found.number == errno.ENOSPC
+    wrapped = RuntimeError("cannot make the data set")
+    wrapped.__cause__ = OSError(errno.EIO, "Input/output error")
+    found = fault(wrapped)
+    assert found is not None
+    assert found.message.startswith("the disk fails")
+    assert all(spoken(f"x: {os.strerror(number)}\n") == number for number in SPOKEN)
+
+
+def test_the_bytes_that_are_needed_are_said_wherever_it_is_noticed(tmp_path: Path) -> None:
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        ResourceError("compress: the disk is full: [Errno 28] No space left on device", "hint"),
+    ):
+        with (
+            pytest.raises(ResourceError) as caught,
+            refusals("stage compress", tmp_path, lambda: 12345),
+        ):
+            raise error
+        assert "about 12345 bytes more are needed" in caught.value.message
+        assert caught.value.message.count("bytes are free") == 1
+    with pytest.raises(ResourceError, match=r"^port in use$"), refusals("stage x", tmp_path):
+        raise ResourceError("port in use")
+    with pytest.raises(FileNotFoundError), refusals("stage x", tmp_path):
+        raise FileNotFoundError(2, "a bug")
