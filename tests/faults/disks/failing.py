@@ -58,7 +58,18 @@ def try_case(bench: Bench, case: Case) -> int:
     """Run the case and then the command undisturbed; the faulty run's exit code."""
     bench.reset(case.stage)
     trace = bench.folder / "trace.txt"
-    under = ["strace", "-f", "-q", "-o", str(trace), "-e", "signal=none", "-s", "0"]
+    under = [
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-q",
+        "-o",
+        str(trace),
+        "-e",
+        "signal=none",
+        "-s",
+        "0",
+    ]
     under += ["-e", f"trace={case.calls}", "-e", f"inject={case.calls}:{case.fault}"]
     for path in case.paths:
         under += ["-P", _place(bench, case.stage, path)]
