@@ -26,8 +26,10 @@ unit: venv      ## the tests that need no environments, in seconds
 slow: venv      ## all tests, the slow ones too (over an hour)
 	$(BIN)/python -m tests --slow
 
-faults: venv    ## pushes under every planned fault, both majors of huggingface_hub
+faults: venv    ## every fault: pushes, 500 kills, full and failing disks (hours)
 	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults.disks
+	$(BIN)/python -m tests.faults.kills --kills 500
 
 lint: venv      ## format and fix what can be fixed
 	$(BIN)/ruff format .

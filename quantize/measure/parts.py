@@ -30,7 +30,7 @@ class Parts:
 
     def put(self, name: str, value: Any, seconds: float) -> None:
         """Keep a part that was measured elsewhere."""
-        sha256 = digest([value, seconds])
+        sha256 = _digest(value, seconds)
         write_json(self._path(name), {"value": value, "seconds": seconds, "sha256": sha256})
 
     def value(self, name: str) -> Any:
@@ -43,9 +43,14 @@ class Parts:
         """Whether the part is finished, and what was written is what is there."""
         try:
             stored = json.loads(self._path(name).read_text(encoding="utf-8"))
-            return bool(stored["sha256"] == digest([stored["value"], stored["seconds"]]))
+            return bool(stored["sha256"] == _digest(stored["value"], stored["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
             return False  # measured again, and said by nobody: it is as if it had not been
 
     def _path(self, name: str) -> Path:
         return self.folder / f"part-{name.replace('/', '_').replace(':', '-')}.json"
+
+
+def _digest(value: Any, seconds: float) -> str:
+    """Of what is read back: JSON has no tuples, and its keys are texts."""
+    return digest(json.loads(json.dumps([value, seconds])))

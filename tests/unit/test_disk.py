@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from quantize.disk import HINTS, SPOKEN, fault, spoken
+from quantize.disk import HINTS, SPOKEN, fault, room, spoken
 from quantize.errors import ResourceError, TransientError
+from quantize.progress import LineView, Progress
+from quantize.protocol import write_atomic
 from quantize.refusals import refusal, refusals
+from quantize.runner import _Tail
 
 
 @pytest.mark.parametrize("number", sorted(HINTS))
@@ -63,3 +66,46 @@ def test_the_bytes_that_are_needed_are_said_wherever_it_is_noticed(tmp_path: Pat
         raise ResourceError("port in use")
     with pytest.raises(FileNotFoundError), refusals("stage x", tmp_path):
         raise FileNotFoundError(2, "a bug")
+
+
+# --- what only tells of the work must not stop it -----------------------------------------------
+
+
+def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    progress = Progress(LineView(lambda line: None), tmp_path / "no such folder" / "status.json")
+    with progress.stage("compress", 1, 2):
+        progress.step("layers", 1, 2)
+    progress.finish("done")
+
+
+def test_a_torn_event_is_skipped(tmp_path: Path) -> None:
+    """A full disk tears a line, and the next event is appended to it."""
+    lines: list[str] = []
+    path = tmp_path / "events.jsonl"
+    whole = '{"kind": "note", "text": "whole"}\n'
+    path.write_text('{"kind": "note", "te' + whole + whole)
+    _Tail(path, Progress(LineView(lines.append))).read()
+    assert [line.strip() for line in lines] == ["whole"]
+
+
+def test_an_atomic_write_that_fails_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "value.json").write_text("old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(tmp_path / "value.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+    assert (tmp_path / "value.json").read_text() == "old"
+
+
+def test_no_inode_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no inode" not in room(tmp_path)
+    found = os.statvfs(tmp_path)
+    none = os.statvfs_result((*found[:5], found.f_files, 0, 0, *found[8:]))
+    monkeypatch.setattr(os, "statvfs", lambda place: none)
+    assert "no inode for another file" in room(tmp_path / "not there yet")

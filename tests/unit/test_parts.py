@@ -1,65 +1,53 @@
-"""Finished parts of a measurement survive; unfinished ones leave no trace."""
+"""A finished part is taken over as it was written, or measured again."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quantize.measure.parts import Parts
 
-
-def test_a_part_is_made_once(tmp_path: Path) -> None:
-    made = []
-
-    def make() -> dict[str, float]:
-        made.append(1)
-        return {"score": 0.5}
-
-    first = Parts(tmp_path)
-    assert not first.has("task:arc/easy")
-    assert first.get("task:arc/easy", make) == {"score": 0.5}
-    later = Parts(tmp_path)  # another run, after a kill
-    assert later.has("task:arc/easy")
-    assert later.get("task:arc/easy", make) == {"score": 0.5}
-    assert made == [1]
-    assert later.seconds == first.seconds
-    assert first.seconds["task:arc/easy"] >= 0
-    assert later.get("load", lambda: [1]) == [1]
-    assert not later.has("smoke")
+VALUE = {"tokens": 12, "nats": [0.1, 2e-9], "tuple": (1, 2), 10: "ten", 9: "nine"}
 
 
-def test_a_failed_part_is_not_there(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
+def test_a_finished_part_is_not_made_again(tmp_path: Path) -> None:
+    made = Parts(tmp_path).get("task:x/y", lambda: VALUE)
+    assert made == json.loads(json.dumps(VALUE))
 
-    def fail() -> None:
-        raise ZeroDivisionError
+    def again() -> Any:
+        raise AssertionError("made again")
 
-    with pytest.raises(ZeroDivisionError):
-        parts.get("smoke", fail)
-    assert not parts.has("smoke")
-    assert parts.seconds == {}
-    assert parts.get("smoke", lambda: None) is None
-    assert parts.has("smoke")
+    assert Parts(tmp_path).get("task:x/y", again) == made
 
 
-def test_a_value_that_json_cannot_hold_is_not_a_part(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
-    with pytest.raises(ValueError, match="JSON"):
-        parts.get("perplexity", lambda: float("nan"))
-    assert not parts.has("perplexity")
+def flip(path: Path) -> None:
+    path.write_text(path.read_text().replace("12", "13"))
 
 
-def test_a_value_does_not_change_by_being_kept(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
-    value = {"a": (1, 2), "b": 1e-300, "c": "ü\u2028"}
-    assert parts.get("x", lambda: value) == parts.get("x", lambda: None)
-    assert parts.get("x", lambda: None) == json.loads(json.dumps(value))
+def cut(path: Path) -> None:
+    path.write_text(path.read_text()[:-9])
 
 
-def test_only_whole_files_count(tmp_path: Path) -> None:
-    Parts(tmp_path).get("smoke", lambda: 1)
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def no_text(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe")
+
+
+def list_(path: Path) -> None:
+    path.write_text("[1]")
+
+
+@pytest.mark.parametrize("spoil", [flip, cut, empty, no_text, list_, Path.unlink])
+def test_a_spoilt_part_is_measured_again(spoil: Callable[[Path], None], tmp_path: Path) -> None:
+    Parts(tmp_path).get("perplexity", lambda: VALUE)
     (path,) = tmp_path.iterdir()
-    path.rename(tmp_path / f".{path.name}.123.tmp")  # killed before the rename
-    assert Parts(tmp_path).get("smoke", lambda: 2) == 2
+    spoil(path)
+    assert not Parts(tmp_path).has("perplexity")
+    assert Parts(tmp_path).get("perplexity", lambda: {"tokens": 14}) == {"tokens": 14}
