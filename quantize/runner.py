@@ -12,7 +12,7 @@ from typing import Any
 
 from quantize import errors
 from quantize.environments import Environments
-from quantize.errors import Interrupted, ResourceError, ToolError, TransientError
+from quantize.errors import ResourceError, ToolError, TransientError
 from quantize.process import Process
 from quantize.progress import Progress
 from quantize.protocol import Request, load_result, write_json
@@ -138,7 +138,7 @@ class Runner:
             yield
         except (TransientError, ToolError) as error:
             deadline = time.monotonic() + DYING_SECONDS
-            while not isinstance(error, Interrupted) and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
                 if (code := process.poll()) is not None:
                     end = _ended(what, code, process, explain)
                     raise type(end)(f"{error.message}\n{end.message}", end.hint) from error

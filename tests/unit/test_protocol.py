@@ -324,7 +324,7 @@ def test_a_failure_is_its_own_when_the_server_lives(
 
 
 @pytest.mark.parametrize("failure", [Interrupted("stopped"), SourceError("refused"), ValueError()])
-def test_other_failures_are_nobody_elses(failure: Exception, bench: Bench) -> None:
+def test_other_failures_are_nobody_elses(failure: BaseException, bench: Bench) -> None:
     with (
         pytest.raises(type(failure)) as caught,
         server(bench, "exit 3") as process,
