@@ -50,7 +50,10 @@ def of_sigkill(before: Kills, peak_bytes: int) -> str:
     held = f"; its processes held up to {peak_bytes / 1e9:.1f} GB" if peak_bytes else ""
     if before.group is None and before.machine is None:
         return f"perhaps for using too much memory{held}"
-    return f"and the kernel counts no kill for memory: somebody else's doing{held}"
+    return (
+        "and the kernel counts no kill for memory: by somebody else (a scheduler, a daemon that "
+        f"watches memory, a person){held}"
+    )
 
 
 def _grown(before: int | None, now: int | None) -> bool:

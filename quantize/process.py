@@ -74,7 +74,7 @@ class Process:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.command = list(command)
-        self.killed = False  # by us, because it hung
+        self.hung = ""  # why we killed it, if we did
         with stop.held(), log.open("a+b") as output:  # "+": the supervisor shortens what is long
             self._start = log.stat().st_size
             self._popen = subprocess.Popen(
@@ -119,9 +119,10 @@ class Process:
                 self._end_orphans()
             stop.remove_child(self.pid)
 
-    def kill(self) -> None:
-        """SIGKILL to the whole tree, now, because it hangs; :meth:`end` still waits for it."""
-        self.killed = True
+    def kill(self, why: str) -> None:
+        """SIGKILL to the whole tree, because it hangs; first it may write its stacks to the log."""
+        self.hung = why
+        self._write_stacks()
         with contextlib.suppress(ProcessLookupError):
             self._popen.send_signal(KILL_AT_ONCE)
 
@@ -137,7 +138,7 @@ class Process:
                     process.kill()
                     process.wait(1)
 
-    def write_stacks(self) -> None:
+    def _write_stacks(self) -> None:
         """Have every Python process of the tree write the stacks of its threads to the log.
 
         They end by that: PYTHONFAULTHANDLER makes SIGABRT do both, wherever a process hangs.
@@ -146,7 +147,10 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)
         deadline = time.monotonic() + STACK_SECONDS
-        while descendants(self.pid) and time.monotonic() < deadline:
+        while (
+            any(not _is_stopped(pid) for pid in descendants(self.pid))
+            and time.monotonic() < deadline
+        ):
             time.sleep(POLL_SECONDS)
 
     def output(self) -> str:
@@ -169,6 +173,13 @@ class Process:
         trace: TracebackType | None,
     ) -> None:
         self.end()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether it is stopped, and so will not write anything."""
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return True
 
 
 def _orphans() -> list[psutil.Process]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 VERSION = 1
+MANY_EVENTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,25 @@ class Events:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
+        self._emitted = 0
+        self._last = 0.0
 
     def emit(self, kind: str, **values: Any) -> None:
         """Append one event; a short write of a line is atomic under O_APPEND on a local disk."""
+        if self._is_too_much():
+            return
         line = json.dumps({"time": time.time(), "kind": kind, **values}, ensure_ascii=False) + "\n"
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line)
+
+    def _is_too_much(self) -> bool:
+        """After many events one a second is kept, so that the file stays small for days."""
+        self._emitted += 1
+        now = time.monotonic()
+        if self._emitted > MANY_EVENTS and now - self._last < 1.0:
+            return True
+        self._last = now
+        return False
 
     def progress(self, what: str, done: float, total: float, unit: str = "") -> None:
         """`done` of `total` `unit`s of `what` are finished."""
@@ -112,10 +126,14 @@ def load_result(path: str | Path) -> Result:
 
 def _kind(error: Exception) -> str:
     """A full disk and exhausted memory, torch's too, are the machine's; nobody foresaw the rest."""
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    out_of_memory = out_of_memory or "can't allocate memory" in str(error)  # torch on a CPU
     disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "ResourceError" if out_of_memory or disk_full else "ToolError"
+    return "ResourceError" if _is_out_of_memory(error) or disk_full else "ToolError"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, NumPy's (a MemoryError), torch's on a GPU, and torch's on a CPU by its words."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
@@ -130,6 +148,8 @@ def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
     except Exception as error:  # the log file has the traceback; the result has one line
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
+        if _is_out_of_memory(error):
+            message = f"out of memory: {message}"
         result = Result(ok=False, kind=_kind(error), message=message)
     write_json(result_path, asdict(result))
     sys.stdout.flush()
