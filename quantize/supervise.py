@@ -102,7 +102,7 @@ class Log:
     def __init__(self, file: int, most: int) -> None:
         self._file, self._most, self._part = file, most, most // 4
         self._start = os.fstat(file).st_size
-        self._left_out = 0
+        self._left_out = self._mark = 0  # bytes of output, and of the line that says how many
 
     def write(self, block: bytes) -> None:
         """Append; a full disk costs these lines and not the process that printed them."""
@@ -117,10 +117,11 @@ class Log:
         newest = os.pread(self._file, self._part, end - self._part)
         newest = newest[newest.find(b"\n") + 1 :]
         head = self._start + self._part
-        self._left_out += end - head - len(newest)
+        self._left_out += end - head - self._mark - len(newest)
         os.ftruncate(self._file, head)
-        mark = f"\n[... {self._left_out} bytes of output are left out here ...]\n"
-        os.write(self._file, mark.encode() + newest)
+        mark = f"\n[... {self._left_out} bytes of output are left out here ...]\n".encode()
+        self._mark = len(mark)
+        os.write(self._file, mark + newest)
 
 
 def copy_output(source: int, log: Log) -> None:

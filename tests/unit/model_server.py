@@ -209,6 +209,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.model.fault = "drop"
         if self.model.fault in ("deaf", "mute"):  # the second goes on saying that it is healthy
             threading.Event().wait()
+        while self.model.fault == "spin":
+            pass
         if self.model.fault == "half":
             self.send_response(200)
             self.send_header("Content-Length", "1000")

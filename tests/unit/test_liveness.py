@@ -197,7 +197,7 @@ IMPATIENT = Patience(2, 600)
         ("mute", IMPATIENT, 600.0, "neither processor time nor input and output"),
         ("half", IMPATIENT, 600.0, "neither processor time"),
         ("deaf", Patience(600, 600), 2.0, "has not answered /health for"),
-        ("mute", Patience(0.01, 3), 600.0, "toy server hung"),
+        ("spin", Patience(600, 3), 600.0, "though it used the processor"),
     ],
 )
 def test_a_server_that_hangs(
