@@ -6,18 +6,16 @@ Everything heavy is imported inside the commands, so that `--help` costs a Pytho
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from quantize import __version__
-from quantize.errors import Interrupted, QuantizeError, SourceError, UsageError
+from quantize.errors import Interrupted, QuantizeError, Said, SourceError, UsageError
+from quantize.stop import handle_signals
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -36,7 +34,7 @@ class Group(click.Group):
         except click.ClickException as error:
             error.show()
             sys.exit(2)
-        except QuantizeError as error:
+        except (QuantizeError, Interrupted) as error:
             fail(error)
         except Exception as error:
             from quantize.refusals import refusal
@@ -48,7 +46,7 @@ class Group(click.Group):
             sys.exit(1)
 
 
-def fail(error: QuantizeError) -> NoReturn:
+def fail(error: Said) -> NoReturn:
     """Print what happened and what to do, and exit."""
     click.secho("error: ", fg="red", bold=True, nl=False, err=True)
     click.echo(error.message, err=True)
@@ -73,6 +71,7 @@ STORE = click.option(
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."
 )
+FILE = click.Path(dir_okay=False, path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -85,6 +84,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 @click.option("--until", "last", metavar="STAGE", help="Stop after this stage.")
 @click.option("--quick", is_flag=True, help="Measure the suite's quick subset, in minutes.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--status", type=FILE, help="Keep a copy of the run's status.json here.")
+@click.option("--metrics", type=FILE, help="Keep a file for Prometheus here, named *.prom.")
 @JSON
 def run(
     recipe: str,
@@ -95,22 +96,28 @@ def run(
     last: str | None,
     quick: bool,
     dry_run: bool,
+    status: Path | None,
+    metrics: Path | None,
     as_json: bool,
 ) -> int:
     """Run RECIPE (a file, or the name of a shipped one): quantize, measure, serve, publish.
 
     Finished stages are kept: after a kill, the same command goes on where it was.
     """
-    from quantize.session import Session
-
     if quick:
         overrides = (*overrides, "evaluate.quick=true")
     with handle_signals():
+        # takes a while: a signal may come meanwhile
+        from quantize.session import Reports, Session
+
+        reports = Reports.of(status, metrics)
         session = Session.open(recipe, overrides, store_folder, online=not dry_run)
         if dry_run:
             show_plan(session, as_json)
             return 0
-        return session.run(only=only, first=first, last=last, as_json=as_json, write=click.echo)
+        return session.run(
+            only=only, first=first, last=last, as_json=as_json, write=click.echo, reports=reports
+        )
 
 
 @main.command()
@@ -273,7 +280,7 @@ def verify(
         try:
             found = verify_place(place, revision, trust, full=full, progress=progress)
         finally:
-            progress.finish("done")
+            progress.close()
     if as_json:
         click.echo(json.dumps(found.json(), indent=1, ensure_ascii=False))
     else:
@@ -446,31 +453,3 @@ def init(source: str, method: str, name: str | None, output: Path | None) -> Non
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error}", "choose another --output") from error
     click.echo(f"wrote {output}; next: quantize plan {output}")
-
-
-class handle_signals:
-    """SIGINT, SIGTERM and SIGUSR1 raise Interrupted once; a second one ends at once.
-
-    The children die with us either way: their supervisors get a signal when we are gone.
-    """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __enter__(self) -> None:
-        self._before: list[Any] = [signal.signal(number, self._first) for number in self.NUMBERS]
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self.NUMBERS, self._before, strict=True):
-            signal.signal(number, handler)
-
-    def _first(self, number: int, _frame: FrameType | None) -> None:
-        for other in self.NUMBERS:
-            signal.signal(other, self._second)
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name}; what was finished is kept",
-            "run the same command again to go on",
-        )
-
-    @staticmethod
-    def _second(_number: int, _frame: FrameType | None) -> None:
-        os._exit(Interrupted.exit_code)

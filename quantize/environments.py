@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from quantize.errors import ResourceError, UsageError
 from quantize.keys import digest
+from quantize.liveness import DEFAULT_PATIENCE, guard
 from quantize.process import Process
 from quantize.progress import Progress
 from quantize.protocol import write_json
@@ -220,14 +221,18 @@ class Environments:
             elif "UV_FIND_LINKS" not in os.environ:
                 command += ["--torch-backend", "cpu"]
         with Process(command, log=log, env=variables) as process:
+            done = 0
+            hung = guard(process, f"installing {environment.name}", DEFAULT_PATIENCE, lambda: done)
 
             def tick() -> None:
+                nonlocal done
                 done = sum(1 for _ in staging.glob("lib/*/site-packages/*.dist-info"))
                 if done:
                     progress.step(f"installing {environment.name}", done, total, "packages")
                 else:  # uv links nothing before everything is downloaded and unpacked
                     megabytes = written_bytes(process.pid) // 1_000_000
                     progress.step(f"downloading {environment.name}", megabytes, 0, "MB unpacked")
+                hung()
 
             if process.wait(tick) != 0:
                 raise ResourceError(
@@ -249,7 +254,8 @@ class Environments:
         """Import what the environment is for; the error's last lines, or an empty text."""
         code = "; ".join(f"import {name}" for name in environment.imports)
         with Process([str(python), "-P", "-c", code], log=log) as process:
-            if (status := process.wait()) == 0:
+            hung = guard(process, f"importing {code!r}", DEFAULT_PATIENCE, lambda: 0)
+            if (status := process.wait(hung)) == 0:
                 return ""
             return process.tail() or f"importing {code!r} ended with exit code {status}"
 

@@ -11,10 +11,13 @@ The tree (exit code in parentheses)::
     ├── ConflictError (6)       the target moved while we published
     ├── GateError (7)           measured, and worse than the recipe allows
     ├── TransientError (75)     try the same command again
-    │   └── Interrupted (75)    stopped by a signal at a resumable point
     └── ToolError (1)           a tool failed in a way that nobody foresaw
 
-Anything that is not a ``QuantizeError`` is a bug of ours: exit code 1 and a traceback.
+    Interrupted (75)            stopped by a signal at a resumable point
+
+Anything else is a bug of ours: exit code 1 and a traceback. ``Interrupted`` is a ``BaseException``,
+like Python's own ``KeyboardInterrupt``: it is raised wherever the run happens to be, and no
+``except Exception`` there, of ours or of a library, may take it for a failure of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-class QuantizeError(Exception):
+class Said(BaseException):
     """What happened and why (`message`), and what to do next (`hint`)."""
 
     exit_code = 1
@@ -37,6 +40,16 @@ class QuantizeError(Exception):
     def kind(self) -> str:
         """The class's name, as it is written to ``result.json``."""
         return type(self).__name__
+
+
+class Interrupted(Said):
+    """A signal stopped the run; what was finished stays finished."""
+
+    exit_code = 75
+
+
+class QuantizeError(Said, Exception):
+    """A failure that a user can meet."""
 
 
 class UsageError(QuantizeError):
@@ -112,10 +125,6 @@ class TransientError(QuantizeError):
     exit_code = 75
 
 
-class Interrupted(TransientError):
-    """A signal stopped the run; what was finished stays finished."""
-
-
 class ToolError(QuantizeError):
     """A tool (llm-compressor, vLLM, lm-eval, uv) failed in a way that nobody foresaw."""
 
@@ -132,7 +141,6 @@ KINDS: dict[str, type[QuantizeError]] = {
         ConflictError,
         GateError,
         TransientError,
-        Interrupted,
         ToolError,
     )
 }

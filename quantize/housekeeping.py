@@ -36,7 +36,7 @@ def install(recipe: str | None, write: Write) -> Iterator[str]:
             python = installed.install(name, progress, log)
             yield f"{name}: {'was ready' if ready else 'installed'}: {python}"
     finally:
-        progress.view.close()
+        progress.close()
 
 
 def doctor() -> Iterator[tuple[str, str]]:

@@ -44,8 +44,8 @@ def _gpus() -> str:
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible}")
     try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
         return "CUDA GPU"
     names = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return f"{len(names)} × {names[0]}" if names else "CUDA GPU"

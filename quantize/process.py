@@ -12,12 +12,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import quantize.supervise
+import psutil
 
-GRACE_SECONDS = 15.0
+import quantize.supervise
+from quantize import stop
+from quantize.supervise import KILL_AT_ONCE, descendants
+
+GRACE_SECONDS = 12.0
 """Between SIGTERM and SIGKILL. Slurm and spot machines give 30 s or more in all."""
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
+LOG_BYTES = 64 << 20
+"""Of more output, the first and the newest lines are kept (:class:`quantize.supervise.Log`)."""
+STACK_SECONDS = 5.0
+"""How long a hung process is given to write down where it hangs."""
 
 SECRETS = frozenset(
     {
@@ -62,11 +70,12 @@ class Process:
         env: Mapping[str, str] | None = None,
     ) -> None:
         supervisor = [sys.executable, "-I", "-S", quantize.supervise.__file__]
-        supervisor += [str(os.getpid()), str(GRACE_SECONDS)]
+        supervisor += [str(os.getpid()), str(GRACE_SECONDS), str(LOG_BYTES)]
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.command = list(command)
-        with log.open("ab") as output:
+        self.hung = ""  # why we killed it, if we did
+        with stop.held(), log.open("a+b") as output:  # "+": the supervisor shortens what is long
             self._start = log.stat().st_size
             self._popen = subprocess.Popen(
                 supervisor + self.command,
@@ -76,6 +85,7 @@ class Process:
                 env=child_environment(env or {}),
                 start_new_session=True,
             )
+            stop.add_child(self.pid)
 
     @property
     def pid(self) -> int:
@@ -89,6 +99,7 @@ class Process:
     def wait(self, on_tick: Callable[[], None] = lambda: None) -> int:
         """Wait for the end, calling `on_tick` about twenty times a second; the exit code."""
         while (code := self._popen.poll()) is None:
+            stop.check()
             on_tick()
             time.sleep(POLL_SECONDS)
         on_tick()
@@ -96,16 +107,51 @@ class Process:
 
     def end(self) -> None:
         """SIGTERM to the whole tree, SIGKILL after the grace period; returns when it is gone."""
-        if self._popen.poll() is None:
-            self._popen.terminate()
-            try:
-                self._popen.wait(GRACE_SECONDS + 5)
-            except subprocess.TimeoutExpired:
-                self._popen.kill()
-                self._popen.wait()
-        if self._popen.returncode < 0:  # the supervisor was killed and could end nobody
+        with stop.held():
+            if self._popen.poll() is None:
+                self._popen.terminate()
+                try:
+                    self._popen.wait(GRACE_SECONDS + 3)
+                except subprocess.TimeoutExpired:
+                    self._popen.kill()
+                    self._popen.wait()
+            if self._popen.returncode < 0:  # the supervisor was killed and could end nobody
+                self._end_orphans()
+            stop.remove_child(self.pid)
+
+    def kill(self, why: str) -> None:
+        """SIGKILL to the whole tree, because it hangs; first it may write its stacks to the log."""
+        self.hung = why
+        self._write_stacks()
+        with contextlib.suppress(ProcessLookupError):
+            self._popen.send_signal(KILL_AT_ONCE)
+
+    def _end_orphans(self) -> None:
+        """What a killed supervisor left: in its process group, or handed to us by the kernel."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + STACK_SECONDS
+        # one that dies hands its own children to us: until there are none
+        while stop.collects_orphans() and (orphans := _orphans()) and time.monotonic() < deadline:
+            for process in orphans:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+                    process.wait(1)
+
+    def _write_stacks(self) -> None:
+        """Have every Python process of the tree write the stacks of its threads to the log.
+
+        They end by that: PYTHONFAULTHANDLER makes SIGABRT do both, wherever a process hangs.
+        """
+        for pid in descendants(self.pid):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGABRT)
+        deadline = time.monotonic() + STACK_SECONDS
+        while (
+            any(not _is_stopped(pid) for pid in descendants(self.pid))
+            and time.monotonic() < deadline
+        ):
+            time.sleep(POLL_SECONDS)
 
     def output(self) -> str:
         """Everything this process has written so far."""
@@ -129,6 +175,24 @@ class Process:
         self.end()
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether it is stopped, and so will not write anything."""
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return True
+
+
+def _orphans() -> list[psutil.Process]:
+    """Our children that are no supervisors, with what is below them."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        if child.pid not in stop.children():
+            with contextlib.suppress(psutil.Error):
+                found += child.children(recursive=True)
+            found.append(child)
+    return found
+
+
 def hub_token() -> dict[str, str]:
     """The user's token, for the few children that read private or gated data from the Hub."""
     return {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
@@ -142,4 +206,5 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     drop = SECRETS | _withheld | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     drop |= {"PYTHONDONTWRITEBYTECODE"}
     kept = {name: value for name, value in os.environ.items() if name not in drop}
-    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", **extra}
+    ours = {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**kept, **ours, **extra}

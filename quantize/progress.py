@@ -1,21 +1,19 @@
 """Events → bars on a terminal, lines in a log, and `status.json`.
 
 Stages and workers say what they do through :class:`Progress`; who shows it is decided once, by the
-command line. `status.json` is rewritten atomically every few seconds, for schedulers.
+command line. :mod:`quantize.status` writes `status.json`, for schedulers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from quantize.protocol import write_json
-
-STATUS_SECONDS = 2.0
+from quantize import stop
+from quantize.status import Status
 
 
 class View(Protocol):
@@ -39,24 +37,22 @@ class Progress:
     """Where stages, workers and servers report, and the only caller of the view."""
 
     view: View
-    status_file: Path | None = None
-    _status: dict[str, Any] = field(default_factory=dict)  # of the stage
-    _inside: dict[str, Any] = field(default_factory=dict)  # of the step inside it
-    _written: float = 0.0
+    status: Status | None = None
     _step: tuple[str, float, float] = ("", 0.0, 0.0)  # what, when it began, done when it began
     _done: float = 0.0  # of the last step
 
     @contextmanager
     def stage(self, stage_id: str, index: int, count: int) -> Iterator[None]:
         """Everything reported inside belongs to this stage."""
-        self._status = {"stage": stage_id, "position": f"{index}/{count}", "started": time.time()}
-        self._inside, self._step = {}, ("", 0.0, 0.0)
+        self._step = ("", 0.0, 0.0)
         self.view.stage(stage_id, f"{index}/{count}")
-        self._write(force=True)
+        if self.status is not None:
+            self.status.stage(stage_id, f"{index}/{count}")
         yield
 
     def step(self, what: str, done: float, total: float, unit: str = "") -> None:
         """`done` of `total` `unit`s of `what`; the time left follows from the rate so far."""
+        stop.check()
         now = time.monotonic()
         if self._step[0] != what or done < self._done:
             self._step = (what, now, done)
@@ -64,12 +60,13 @@ class Progress:
         elapsed, gained = now - self._step[1], done - self._step[2]
         eta = (total - done) * elapsed / gained if gained > 0 and total > 0 else -1.0
         self.view.step(what, done, total, unit, eta)
-        self._inside = {"what": what, "done": done, "total": total, "unit": unit}
+        inside: dict[str, Any] = {"what": what, "done": done, "total": total, "unit": unit}
         if total > 0:  # what is not known is not there
-            self._inside["percent"] = round(100 * done / total)
+            inside["percent"] = round(100 * done / total)
         if eta >= 0:
-            self._inside["eta_seconds"] = round(eta)
-        self._write(force=False)
+            inside["eta_seconds"] = round(eta)
+        if self.status is not None:
+            self.status.step(inside)
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -82,20 +79,9 @@ class Progress:
         elif event["kind"] == "note":
             self.note(event["text"])
 
-    def finish(self, state: str) -> None:
-        """The last status: done, failed or interrupted."""
-        self._status, self._inside = {"state": state}, {}
-        self._write(force=True)
+    def close(self) -> None:
+        """The run is over; give the terminal back."""
         self.view.close()
-
-    def _write(self, *, force: bool) -> None:
-        now = time.monotonic()
-        if self.status_file is None or (not force and now - self._written < STATUS_SECONDS):
-            return
-        self._written = now
-        status = {"state": "running", "time": time.time(), **self._status, **self._inside}
-        with suppress(OSError):  # a disk that is full now may not be later; the work goes on
-            write_json(self.status_file, status)
 
 
 class LineView:

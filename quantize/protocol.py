@@ -25,6 +25,7 @@ from typing import Any
 from quantize.disk import fault
 
 VERSION = 1
+MANY_EVENTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,25 @@ class Events:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
+        self._emitted = 0
+        self._last = 0.0
 
     def emit(self, kind: str, **values: Any) -> None:
         """Append one event; a short write of a line is atomic under O_APPEND on a local disk."""
+        if self._is_too_much():
+            return
         line = json.dumps({"time": time.time(), "kind": kind, **values}, ensure_ascii=False) + "\n"
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line)
+
+    def _is_too_much(self) -> bool:
+        """After many events one a second is kept, so that the file stays small for days."""
+        self._emitted += 1
+        now = time.monotonic()
+        if self._emitted > MANY_EVENTS and now - self._last < 1.0:
+            return True
+        self._last = now
+        return False
 
     def progress(self, what: str, done: float, total: float, unit: str = "") -> None:
         """`done` of `total` `unit`s of `what` are finished."""
@@ -121,10 +135,16 @@ def _failed(error: Exception) -> Result:
     """The disk's refusals and exhausted memory, torch's too, are the machine's; no others are."""
     if (refused := fault(error)) is not None:
         return Result(ok=False, kind=refused.kind, message=refused.message, hint=refused.hint)
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    out_of_memory = out_of_memory or "can't allocate memory" in str(error)  # torch on a CPU
-    kind = "ResourceError" if out_of_memory else "ToolError"
-    return Result(ok=False, kind=kind, message=f"{type(error).__name__}: {error}")
+    message = f"{type(error).__name__}: {error}"
+    if _is_out_of_memory(error):
+        return Result(ok=False, kind="ResourceError", message=f"out of memory: {message}")
+    return Result(ok=False, kind="ToolError", message=message)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, NumPy's (a MemoryError), torch's on a GPU, and torch's on a CPU by its words."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:

@@ -10,15 +10,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize import disk, errors
+from quantize import control_group, disk, errors, stop
+from quantize.control_group import Kills
 from quantize.environments import Environments
-from quantize.errors import Interrupted, ResourceError, ToolError, TransientError
+from quantize.errors import ResourceError, ToolError, TransientError
+from quantize.liveness import DEFAULT_PATIENCE, Patience, Watch, end_hung
+from quantize.out_of_memory import MORE, SIGKILLED, explain_end, of_sigkill
 from quantize.process import Process
 from quantize.progress import Progress
 from quantize.protocol import Request, load_result, write_json
 
-SIGKILLED = (128 + 9, -9)
-"""How a tool's end by SIGKILL looks from its supervisor, and when that is killed, too."""
+EVENTS_BYTES = 1 << 20
+LAST_CHARACTERS = 20_000
+"""Of a log: what it said long before its end was not the reason."""
 DYING_SECONDS = 5.0
 """A server that breaks off its answers is given this long to be gone, and its log complete."""
 
@@ -31,6 +35,7 @@ class Runner:
     logs: Path
     progress: Progress
     tool_seconds: dict[str, float] = field(default_factory=dict)  # spent waiting for tools
+    patience: Patience = DEFAULT_PATIENCE
 
     def python(self, environment: str) -> Path:
         """The environment's interpreter, installing the environment on first use."""
@@ -48,11 +53,13 @@ class Runner:
         work: Path,
         label: str,
         env: Mapping[str, str] | None = None,
+        server: Process | None = None,
     ) -> dict[str, Any]:
         """Run `quantize.workers.<name>` and return its result's body.
 
         `work` survives a kill and is the worker's own; `label` names the log file. A failure that
-        the worker foresaw is raised as the error it names, any other as :class:`ToolError`.
+        the worker foresaw is raised as the error it names, any other as :class:`ToolError`. While
+        `server` works the worker may wait for it.
         """
         python = self.python(environment)
         request_file, result_file = work / f"{label}.request.json", work / f"{label}.result.json"
@@ -64,12 +71,25 @@ class Runner:
         command = [str(python), "-P", "-m", f"quantize.workers.{name}"]
         command += [str(request_file), str(result_file)]
         started = time.monotonic()
+        kills = control_group.kills()
         with self.process(command, label, env=env) as process:
             tail = _Tail(events_file, self.progress)
-            code = process.wait(tail.read)
+            watch = Watch([process, *([server] if server else [])], self.patience)
+
+            def tick() -> None:
+                if tail.read():
+                    watch.progressed()
+                if (why := watch.look()) is not None:
+                    if server is not None:  # which of them waits for the other is not known
+                        end_hung(server, "the server", f"{label} got no further with it")
+                    raise end_hung(process, label, f"{why}{tail.last}")
+
+            code = process.wait(tick)
+            while tail.read():
+                continue
         self._spent(label, started)
         if not result_file.exists():
-            raise _without_result(label, code, process)
+            raise _without_result(label, code, process, kills, watch.vitals.peak_bytes)
         result = load_result(result_file)
         if not result.ok:
             kind = errors.KINDS.get(result.kind, ToolError)
@@ -107,24 +127,28 @@ class Runner:
         process: Process,
         ready: Callable[[], bool],
         what: str,
-        seconds: float,
+        patience: Patience,
         explain: Callable[[str], str | None],
     ) -> float:
         """Wait for `ready`, and return after how many seconds it was.
 
-        The process's death, or `seconds` without it, is an error; `explain` knows remedies by log.
+        The process's death is an error, and that it hangs: its progress is what it logs. `explain`
+        knows remedies by log.
         """
-        started = time.monotonic()
+        started, kills = time.monotonic(), control_group.kills()
+        watch, logged = Watch([process], patience), 0
         while not ready():
-            waited = time.monotonic() - started
+            stop.check()
             if (code := process.poll()) is not None:
-                raise _ended(what, code, process, explain)
-            if waited > seconds:
-                raise ResourceError(
-                    f"{what}: not ready after {seconds:.0f} s:\n{process.tail()}",
-                    f"the whole log is {process.log}",
-                )
-            self.progress.step(f"{what}: starting", round(waited), 0, "s")
+                raise _ended(what, code, process, explain, kills, watch.vitals.peak_bytes)
+            if (now := process.log.stat().st_size) != logged:
+                logged = now
+                watch.progressed()
+            if (why := watch.look()) is not None:
+                tail = process.tail()
+                hung = end_hung(process, f"{what}, while it started,", why)
+                raise TransientError(f"{hung.message}:\n{tail}", hung.hint)
+            self.progress.step(f"{what}: starting", round(time.monotonic() - started), 0, "s")
             time.sleep(0.2)
         self._spent(what, started)
         return time.monotonic() - started
@@ -134,13 +158,14 @@ class Runner:
         self, process: Process, what: str, explain: Callable[[str], str | None]
     ) -> Iterator[None]:
         """A failure inside whose cause is that `process` dies is raised as what its log says."""
+        kills = control_group.kills()
         try:
             yield
         except (TransientError, ToolError) as error:
             deadline = time.monotonic() + DYING_SECONDS
-            while not isinstance(error, Interrupted) and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
                 if (code := process.poll()) is not None:
-                    end = _ended(what, code, process, explain)
+                    end = _ended(what, code, process, explain, kills, 0)
                     raise type(end)(f"{error.message}\n{end.message}", end.hint) from error
                 time.sleep(0.1)
             raise
@@ -155,38 +180,60 @@ class _Tail:
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self._path, self._progress, self._offset = path, progress, 0
+        self.last = ""  # what the last event said, for a message
 
-    def read(self) -> None:
+    def read(self) -> bool:
+        """Whether there was something new; of a long backlog a part at a time."""
         if not self._path.exists():
-            return
+            return False
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            block = file.read()
+            block = file.read(EVENTS_BYTES)
         complete = block[: block.rfind(b"\n") + 1]
         self._offset += len(complete)
         for line in complete.splitlines():
             with suppress(ValueError):  # torn by a full disk, and the next one appended to it
-                self._progress.event(json.loads(line))
+                event = json.loads(line)
+                self._progress.event(event)
+                if event["kind"] == "progress":
+                    self.last = f" (last: {event['what']} {event['done']:g}/{event['total']:g})"
+        return bool(complete)
 
 
 def _ended(
-    what: str, code: int, process: Process, explain: Callable[[str], str | None]
+    what: str,
+    code: int,
+    process: Process,
+    explain: Callable[[str], str | None],
+    kills: Kills,
+    peak_bytes: int,
 ) -> errors.QuantizeError:
     """The error for a server that ended, with the remedy where `explain` knows one."""
-    error = _without_result(what, code, process)
+    if process.hung:
+        return TransientError(process.hung, f"run the same command again; {_where(process)}")
+    error = _without_result(what, code, process, kills, peak_bytes)
     remedy = explain(process.output())
-    return ResourceError(error.message, f"{remedy}; {error.hint}") if remedy else error
+    return ResourceError(error.message, f"{remedy}; {_where(process)}") if remedy else error
 
 
-def _without_result(what: str, code: int, process: Process) -> errors.QuantizeError:
+def _without_result(
+    what: str, code: int, process: Process, kills: Kills, peak_bytes: int
+) -> errors.QuantizeError:
     """The error for a process that ended without saying why."""
-    where = f"the whole log is {process.log}"
+    where = _where(process)
+    memory = explain_end(code, process.output()[-LAST_CHARACTERS:], kills, peak_bytes)
+    tail = f":\n{process.tail()}" if process.output().strip() else ""
+    if memory is not None:
+        how = "was killed (SIGKILL)" if code in SIGKILLED else f"ended with exit code {code}"
+        return ResourceError(f"{what} {how}, {memory}{tail}", f"{MORE}; {where}")
     if code in SIGKILLED:
-        return ResourceError(
-            f"{what} was killed (SIGKILL), most likely for using too much memory",
-            f"use a machine with more memory, or fewer or shorter samples; {where}",
-        )
+        cause = of_sigkill(kills, peak_bytes)
+        return ResourceError(f"{what} was killed (SIGKILL), {cause}", f"{MORE}; {where}")
+    message = f"{what} ended with exit code {code}{tail or ':'}"
     if (number := disk.spoken(process.tail())) is not None:
-        message = f"{what} ended with exit code {code}:\n{process.tail()}"
         return ResourceError(message, f"{disk.HINTS[number]}; {where}")
-    return ToolError(f"{what} ended with exit code {code}:\n{process.tail()}", where)
+    return ToolError(message, where)
+
+
+def _where(process: Process) -> str:
+    return f"the whole log is {process.log}"

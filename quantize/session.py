@@ -11,15 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize import __version__, stop
 from quantize.environments import (
     Environments,
     accelerator,
     cache_folder,
 )
-from quantize.errors import Interrupted, QuantizeError, ResourceError
+from quantize.errors import Interrupted, ResourceError
 from quantize.execute import Outcome, execute, places, select
+from quantize.gpu_processes import gpu_processes, leftovers
 from quantize.hash_cache import HashCache
 from quantize.in_use import announced
+from quantize.metrics_file import check_name, write_metrics
 from quantize.plan import Plan
 from quantize.planner import plan, with_stale, with_status
 from quantize.preflight import preflight
@@ -32,6 +35,7 @@ from quantize.resolve import PLAN_HASH_LIMIT_BYTES, resolve
 from quantize.resources import find_recipe
 from quantize.runner import Runner
 from quantize.stages.base import Resolved
+from quantize.status import Status, describe, exit_code_of
 from quantize.store import Artifact, Store
 
 Write = Callable[[str], None]
@@ -45,6 +49,41 @@ def open_store(folder: Path | None) -> Store:
         cache_folder() / "artifact-hashes.json", on_hashed=_report_hashing("finished artifacts")
     )
     return Store((folder or cache_folder() / "store").absolute(), hashes)
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Where a run says how it is beside its own folder: files of the user's choice."""
+
+    status: Path | None = None
+    metrics: Path | None = None
+
+    @classmethod
+    def of(cls, status: Path | None, metrics: Path | None) -> Reports:
+        """From the command line; relative paths start where that was typed."""
+        if metrics is not None:
+            check_name(metrics)
+        return cls(status and status.absolute(), metrics and metrics.absolute())
+
+    def write_metrics(self, status: dict[str, Any]) -> None:
+        """The textfile for Prometheus, if one is asked for."""
+        if self.metrics is not None:
+            write_metrics(self.metrics, status)
+
+
+NO_REPORTS = Reports()
+
+
+@dataclass(frozen=True)
+class _Running:
+    """One run that has begun."""
+
+    folder: Path
+    status: Status
+    runner: Runner
+    outcome: Outcome
+    as_json: bool
+    started: float  # monotonic
 
 
 @dataclass
@@ -82,30 +121,64 @@ class Session:
         return cls(resolved, environments, store, made)
 
     def run(
-        self, *, only: str | None, first: str | None, last: str | None, as_json: bool, write: Write
+        self,
+        *,
+        only: str | None,
+        first: str | None,
+        last: str | None,
+        as_json: bool,
+        write: Write,
+        reports: Reports = NO_REPORTS,
     ) -> int:
         """Run the selected stages; `result.json` and the end of the terminal say what became."""
         selected = select(self.plan, only, first, last)
-        started = time.monotonic()
-        folder = self._run_folder()
-        progress = Progress(choose_view(as_json, write), folder / "status.json")
-        runner = Runner(self.environments, folder / "logs", progress)
-        outcome = Outcome()
-        try:
-            if not as_json:
-                for note in self.plan.notes:
-                    progress.note(f"note: {note}")
-            with refusals("", self.store.root), self._announced(folder, progress):
-                preflight(self.resolved, self.store.root, self._kinds_to_run(selected))
-                self.environments.check_overrides()
-                execute(self.plan, self.resolved, self.store, runner, selected, outcome)
-        except BaseException as error:
-            progress.finish("interrupted" if isinstance(error, Interrupted) else "failed")
-            self._finish(folder, outcome, runner, started, error, as_json, write)
-            raise
-        progress.finish("done")
-        self._finish(folder, outcome, runner, started, None, as_json, write)
+        with stop.held():  # between the end of the work and the last word no signal is lost
+            running = self._begin(reports, as_json, write)
+            try:
+                with stop.interruptible():
+                    self._work(running, selected)
+            except BaseException as error:
+                self._finish(running, error, write)
+                raise
+            self._finish(running, None, write)
         return 0
+
+    def _begin(self, reports: Reports, as_json: bool, write: Write) -> _Running:
+        """Run folder, status and runner; and what is written if the end must be by force."""
+        folder = self._run_folder()
+        recipe, gpu = self.resolved.recipe, self.resolved.accelerator == "cuda"
+        status = Status(
+            [folder / "status.json", *([reports.status] if reports.status else [])],
+            {"recipe": recipe.name, "quantize": __version__, "run": str(folder)},
+            price_per_hour=recipe.machine.price_per_hour,
+            gpu=gpu,
+            also=reports.write_metrics,
+        )
+        status.start()
+        progress = Progress(choose_view(as_json, write), status)
+        runner = Runner(self.environments, folder / "logs", progress)
+        running = _Running(folder, status, runner, Outcome(), as_json, time.monotonic())
+
+        def last_words(error: Interrupted) -> None:
+            result = self._result(running, error)
+            status.end(error, result)
+            write_json(folder / "result.json", result)
+
+        stop.on_forced_end(last_words)
+        return running
+
+    def _work(self, running: _Running, selected: Sequence[str]) -> None:
+        progress = running.runner.progress
+        if not running.as_json:
+            for note in self.plan.notes:
+                progress.note(f"note: {note}")
+        if self.resolved.accelerator == "cuda":
+            for line in leftovers(gpu_processes(), self.environments.cache / "environments"):
+                progress.note(line)
+        with refusals("", self.store.root), self._announced(running.folder, progress):
+            preflight(self.resolved, self.store.root, self._kinds_to_run(selected))
+            self.environments.check_overrides()
+            execute(self.plan, self.resolved, self.store, running.runner, selected, running.outcome)
 
     def artifacts_until(self, last: str, *, as_json: bool) -> dict[str, Artifact]:
         """Run what is missing up to a stage, as :meth:`run` does; artifacts by their stage's id."""
@@ -149,52 +222,51 @@ class Session:
             ) from error
         return folder
 
-    def _finish(
-        self,
-        folder: Path,
-        outcome: Outcome,
-        runner: Runner,
-        started: float,
-        error: BaseException | None,
-        as_json: bool,
-        write: Write,
-    ) -> None:
+    def _finish(self, running: _Running, error: BaseException | None, write: Write) -> None:
         """Write `result.json`; show the table (also after a failed margin)."""
-        from quantize.report.summary import summary_json
-
-        seconds = time.monotonic() - started
-        tools = sum(runner.tool_seconds.values())
-        where = places(outcome, folder)
-        failed = error if isinstance(error, QuantizeError) else None
-        result: dict[str, Any] = {
-            "recipe": self.plan.recipe_name,
-            "exit_code": failed.exit_code if failed else (0 if error is None else 1),
-            "seconds": {
-                "total": round(seconds, 3),
-                "tools": {name: round(value, 3) for name, value in runner.tool_seconds.items()},
-                "own": round(seconds - tools, 3),
-            },
-            "stages": [asdict(stage) for stage in outcome.stages],
-            "places": where,
-        }
-        if error is not None:
-            result["error"] = {
-                "kind": type(error).__name__,
-                "message": str(error),
-                "hint": failed.hint if failed else "",
-            }
-        if "card" in outcome.artifacts:
-            result["summary"] = summary_json(outcome.artifacts["card"].json("record.json"), where)
+        stop.decide()
+        running.runner.progress.close()
+        result = self._result(running, error)
+        running.status.end(error, result)
         try:
-            write_json(folder / "result.json", result)
+            write_json(running.folder / "result.json", result)
         except OSError as refused:  # the disk is full: the terminal says what became of the run
-            print(f"cannot write {folder / 'result.json'}: {refused.strerror}", file=sys.stderr)
-        if as_json:
+            place = running.folder / "result.json"
+            print(f"cannot write {place}: {refused.strerror}", file=sys.stderr)
+        if running.as_json:
             import json
 
             write(json.dumps(result, indent=1, ensure_ascii=False))
         else:
-            self._show(outcome, where, result, write)
+            self._show(running.outcome, result["places"], result, write)
+
+    def _result(self, running: _Running, error: BaseException | None) -> dict[str, Any]:
+        """What `result.json` says."""
+        from quantize.report.summary import summary_json
+
+        seconds = time.monotonic() - running.started
+        spent = running.runner.tool_seconds
+        where = places(running.outcome, running.folder)
+        status = running.status.json()
+        known = ("quantize", "host", "pid", "started", "memory", "cost", "stage")
+        result: dict[str, Any] = {
+            "recipe": self.plan.recipe_name,
+            "exit_code": exit_code_of(error),
+            **{name: status[name] for name in known if name in status},
+            "seconds": {
+                "total": round(seconds, 3),
+                "tools": {name: round(value, 3) for name, value in spent.items()},
+                "own": round(seconds - sum(spent.values()), 3),
+            },
+            "stages": [asdict(stage) for stage in running.outcome.stages],
+            "places": where,
+        }
+        if error is not None:
+            result["error"] = describe(error)
+        if "card" in running.outcome.artifacts:
+            record = running.outcome.artifacts["card"].json("record.json")
+            result["summary"] = summary_json(record, where)
+        return result
 
     def _show(
         self, outcome: Outcome, where: dict[str, str], result: dict[str, Any], write: Write

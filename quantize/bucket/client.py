@@ -289,7 +289,7 @@ def _call(place: Place, what: str, action: Callable[[], T]) -> T:
     """`action()`; what it raises becomes an error of ours. Backends repeat requests themselves."""
     try:
         return action()
-    except QuantizeError:  # an interruption
+    except QuantizeError:
         raise
     except Exception as error:
         raise translate(place.url, what, error) from error

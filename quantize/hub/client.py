@@ -106,8 +106,8 @@ def call(access: Access, what: str, action: Callable[[], T]) -> T:
 
 
 def may_repeat(problem: QuantizeError) -> bool:
-    """Whether it may pass by itself; a signal to stop does not."""
-    return isinstance(problem, TransientError) and not isinstance(problem, Interrupted)
+    """Whether it may pass by itself."""
+    return isinstance(problem, TransientError)
 
 
 def translate(access: Access, what: str, error: Exception) -> QuantizeError:
@@ -121,7 +121,9 @@ def translate(access: Access, what: str, error: Exception) -> QuantizeError:
         )
     transport = HfHubHTTPError.__bases__[0]  # HTTPError of httpx (1.x) or httpx2 (2.x)
     for cause in _causes(error):
-        if isinstance(cause, QuantizeError):  # a signal's, which the client's threads wrapped
+        if isinstance(cause, Interrupted):  # a signal, which the client took for a failed upload
+            raise cause
+        if isinstance(cause, QuantizeError):
             return cause
         if isinstance(cause, HfHubHTTPError):
             return _from_answer(access, what, cause)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.errors import ConflictError, Interrupted, QuantizeError, TransientError
+from quantize.errors import ConflictError, QuantizeError, TransientError
 from quantize.hub.client import (
     TRY_AGAIN,
     Access,
@@ -208,12 +208,10 @@ def _commit(
                     close_others(access, target.repo, ours, opened)
                 return _Done(info.oid, opened)
             return _Done(info.oid, base.pull_request)
-        except QuantizeError:  # an interruption
+        except QuantizeError:
             raise
         except Exception as error:
             problem = translate(access, f"committing to {target.repo}", error)
-            if isinstance(problem, Interrupted):
-                raise problem from error
             done = _took_effect(access, target, base, change, local, message, error)
             if done is not None:
                 return done

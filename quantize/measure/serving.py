@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize.adapter import adapter_folder, tokenizer_folder
@@ -13,6 +13,7 @@ from quantize.machine import device_name
 from quantize.measure.client import MAX_CONNECTIONS, Client
 from quantize.measure.port import held_port
 from quantize.measure.scope import Scope
+from quantize.measure.watching import ServerWatch
 from quantize.model_files import read_json_object
 from quantize.process import Process
 from quantize.records import Server
@@ -74,11 +75,19 @@ def _serve(context: StageContext, scope: Scope, model: Path, port: int) -> Itera
     with context.runner.process(command, label, env=variables) as process:
         client = Client(f"http://127.0.0.1:{launch.port}", SERVED_NAME)
         seconds = context.runner.wait_until(
-            process, client.healthy, "vLLM server", backend.START_SECONDS, backend.explain
+            process,
+            client.healthy,
+            "vLLM server",
+            replace(context.runner.patience, silent_seconds=backend.START_SECONDS),
+            backend.explain,
         )
         runner = context.runner
         try:
-            with runner.tool(label), runner.blaming(process, "vLLM server", backend.explain):
+            with (
+                runner.tool(label),
+                runner.blaming(process, "vLLM server", backend.explain),
+                ServerWatch(process, client, "vLLM server", runner.patience),
+            ):
                 tokens = backend.kv_cache_tokens(client.metrics(), process.output())
                 longest = longest_request(scope, client.max_model_len())
                 many = concurrency(context.recipe.serve.max_num_seqs, tokens, longest)

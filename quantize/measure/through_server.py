@@ -221,7 +221,15 @@ def _evaluate(context: StageContext, running: Running, tasks: Sequence[TaskRef],
     local = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(context.work / "datasets")}
     label = f"{context.entry.id}-{'own-tasks' if own else 'tasks'}"
     env = local if own else hub_token()
-    context.runner.worker("lmeval", "evaluate", body, work=context.work, label=label, env=env)
+    context.runner.worker(
+        "lmeval",
+        "evaluate",
+        body,
+        work=context.work,
+        label=label,
+        env=env,
+        server=running.process,
+    )
 
 
 def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
@@ -238,6 +246,7 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
         },
         work=context.work,
         label=f"{context.entry.id}-load",
+        server=running.process,
         env={"HF_HUB_OFFLINE": "1", **SERVERS["vllm"].variables(running.launch)},
     )
     metrics = running.client.metrics()

@@ -39,7 +39,7 @@ class Server(Protocol):
 
     NAME: str
     ENVIRONMENT: str
-    START_SECONDS: float  # a server that is not ready after this long is given up
+    START_SECONDS: float  # one that computes and logs nothing for this long is given up
 
     def command(self, launch: Launch) -> list[str]:
         """The command line."""

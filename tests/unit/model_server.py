@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,14 @@ vllm:gpu_cache_usage_perc{engine="0",model_name="a {odd} name = 7"} 0.5
 
 process_open_fds 31
 """
+
+
+GARBLED = {
+    "not json": "<html>a proxy's page</html>",
+    "a list": "[1, 2]",
+    "other json": '{"choices": [], "usage": null, "data": {}, "count": 1}',
+}
+"""Answers with status 200 that are not vLLM's."""
 
 
 class Refused(Exception):
@@ -176,6 +185,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.model.fault == "deaf":
+            threading.Event().wait()
+        if self.model.fault in GARBLED and self.path != "/health":
+            self.send(200, GARBLED[self.model.fault])
+            return
         if self.broken():
             return
         answers: Mapping[str, Any] = {
@@ -193,6 +207,20 @@ class Handler(BaseHTTPRequestHandler):
             self.model.dies_after -= 1
             if self.model.dies_after < 0:
                 self.model.fault = "drop"
+        if self.model.fault in ("deaf", "mute"):  # the second goes on saying that it is healthy
+            threading.Event().wait()
+        while self.model.fault == "spin":
+            pass
+        if self.model.fault == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"choices": ')
+            self.wfile.flush()
+            threading.Event().wait()
+        if self.model.fault in GARBLED:
+            self.send(200, GARBLED[self.model.fault])
+            return
         if self.broken():
             return
         try:
@@ -236,3 +264,16 @@ def serving(model: Model) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def main() -> None:
+    """As a process: `model_server.py PORT [FAULT]`."""
+    model = Model()
+    model.fault = sys.argv[2] if len(sys.argv) > 2 else ""
+    print("a line in the log", flush=True)
+    handler = type("OfOneModel", (Handler,), {"model": model})
+    Server(("127.0.0.1", int(sys.argv[1])), handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

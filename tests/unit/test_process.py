@@ -258,5 +258,5 @@ def test_a_supervisor_without_its_pipeline_starts_nothing(log: Path, tmp_path: P
     """The pipeline died while the supervisor started: its parent is another process."""
     mark = tmp_path / "started"
     supervisor = [sys.executable, "-I", "-S", supervise.__file__]
-    assert run([*supervisor, "1", "1", "touch", str(mark)], log)[0] == 1
+    assert run([*supervisor, "1", "1", "1000", "touch", str(mark)], log)[0] == 1
     assert not mark.exists()

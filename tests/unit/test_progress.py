@@ -1,4 +1,4 @@
-"""What a person sees on a terminal and in a log, and what a scheduler reads."""
+"""What a person sees on a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from quantize import progress as module
 from quantize.progress import BarView, LineView, Progress, describe
 from quantize.protocol import Events
 
@@ -78,68 +77,6 @@ def test_time_left_is_unknown_without_a_total(clock: Clock) -> None:
     assert view.eta == [-1, -1, -1]
 
 
-# --- status.json --------------------------------------------------------------------------------
-
-
-def status(path: Path) -> dict[str, object]:
-    value: dict[str, object] = json.loads(path.read_text())
-    return value
-
-
-def test_status_says_where_the_run_is(tmp_path: Path, clock: Clock) -> None:
-    path = tmp_path / "status.json"
-    progress = Progress(Seen(), path)
-    assert not path.exists()
-    before = time.time()
-    with progress.stage("compress", 3, 9):
-        at_once = status(path)
-        assert at_once["state"] == "running"
-        assert (at_once["stage"], at_once["position"]) == ("compress", "3/9")
-        assert before <= at_once["started"] <= at_once["time"] <= time.time()  # type: ignore[operator]
-        progress.step("layers", 0, 4, "layers")
-        assert "what" not in status(path)  # written two seconds ago at most
-        clock.wait(module.STATUS_SECONDS)
-        progress.step("layers", 1, 4, "layers")
-        found = status(path)
-        assert {name: found[name] for name in ("what", "done", "total", "unit")} == {
-            "what": "layers", "done": 1, "total": 4, "unit": "layers"
-        }  # fmt: skip
-        assert (found["percent"], found["eta_seconds"]) == (25, 6)
-        clock.wait(module.STATUS_SECONDS)
-        progress.step("saving", 0, 0, "MB")
-        found = status(path)
-        # not known: absent, and not what an earlier step left
-        assert found["what"] == "saving"
-        assert "percent" not in found
-        assert "eta_seconds" not in found
-    with progress.stage("audit", 4, 9):
-        assert "what" not in status(path)
-    progress.finish("done")
-    assert status(path).keys() == {"state", "time"}
-    assert status(path)["state"] == "done"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
-
-
-def test_a_reader_never_sees_half_a_status(tmp_path: Path, clock: Clock) -> None:
-    path = tmp_path / "status.json"
-    progress = Progress(Seen(), path)
-    with progress.stage("compress", 1, 9), path.open() as reader:
-        progress.finish("failed")
-        assert json.load(reader)["state"] == "running"  # what was opened before it was written
-    assert status(path)["state"] == "failed"
-
-
-def test_without_a_status_file_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    progress = Progress(Seen())
-    with progress.stage("fetch", 1, 1):
-        progress.step("a", 1, 2)
-    progress.finish("done")
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- events of workers --------------------------------------------------------------------------
 
 
@@ -173,7 +110,7 @@ def test_lines_in_a_log(clock: Clock) -> None:
         progress.note("a line that stays")
         clock.wait(1)
         progress.step("saving", 5, 0, "MB")
-    progress.finish("done")
+    progress.close()
     assert lines == [
         "[3/9] compress",
         "      loading: 1/4 layers, 3 s left",  # 1 in 1 s
@@ -241,7 +178,7 @@ def test_bars_on_a_terminal(terminal: Terminal) -> None:
         progress.note("a line that stays")
         assert "      a line that stays\n" in terminal.text
     assert "\x1b[?25l" in terminal.raw  # the cursor was hidden
-    progress.finish("done")
+    progress.close()
     assert terminal.raw.rstrip("\r").rfind("\x1b[?25h") > terminal.raw.rfind("\x1b[?25l")
 
 
