@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quantize.errors import (
     ConflictError,
@@ -26,7 +26,17 @@ class Finding:
     @classmethod
     def of(cls, error: QuantizeError) -> Finding:
         """The finding that an exception reports."""
-        return cls(error.message, error.hint, type(error))
+        kind = UsageError if isinstance(error, UsageError) else type(error)  # not RecipeError
+        return cls(error.message, error.hint, kind)
+
+
+@dataclass
+class Told:
+    """What a check says: what must be put right, what is worth knowing, why it was not made."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: str = ""
 
 
 def raise_findings(findings: Sequence[Finding]) -> None:
