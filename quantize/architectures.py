@@ -189,11 +189,12 @@ def _sizes(family: Family, stated: Mapping[str, Any]) -> _Sizes | None:
 
 
 def _model(family: Family, sizes: _Sizes, fused_experts: bool) -> Iterator[tuple[str, Promise]]:
-    outer = Promise((sizes.vocabulary, sizes.hidden), ("vocab_size", "hidden_size"))
+    keys: tuple[str, ...] = ("vocab_size", "hidden_size")
+    outer = Promise((sizes.vocabulary, sizes.hidden), keys)
     yield "model.embed_tokens.weight", outer
     yield from _norm("model.norm", sizes.hidden, ("hidden_size",), bias=family.norm_bias)
     tied = bool(sizes.config.get("tie_word_embeddings", False))
-    keys = (*outer.keys, "tie_word_embeddings")
+    keys = (*keys, "tie_word_embeddings")
     yield "lm_head.weight", Promise(outer.shape, keys, required=not tied)
     for layer in range(sizes.layers):
         prefix = f"model.layers.{layer}."
@@ -230,8 +231,8 @@ def _attention(prefix: str, family: Family, sizes: _Sizes) -> Iterator[tuple[str
     for_kv = ("num_key_value_heads", "head_dim", "hidden_size")
     bias = sizes.on(family.qkv_bias)
     if family.fused:
-        rows, keys = all_heads + 2 * all_kv, (*for_q[:1], *for_kv)
-        yield from _linear(prefix + "qkv_proj", rows, sizes.hidden, keys, bias=bias)
+        together, rows = (*for_q[:1], *for_kv), all_heads + 2 * all_kv
+        yield from _linear(prefix + "qkv_proj", rows, sizes.hidden, together, bias=bias)
     else:
         for part, rows, keys in (
             ("q", all_heads, for_q),
@@ -280,7 +281,7 @@ def _experts(
     """A router and its experts: each with three linears, or all of them in two tensors."""
     count, width = _expert_sizes(experts, sizes)
     block = f"{prefix}{experts.block}."
-    keys = (experts.width, "hidden_size")
+    keys: tuple[str, ...] = (experts.width, "hidden_size")
     routed = Promise((count, sizes.hidden), (experts.count[0], "hidden_size"))
     yield block + "gate.weight", routed
     gate, up, down = experts.names

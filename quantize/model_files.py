@@ -48,6 +48,8 @@ SPECIAL_TOKENS = tuple(
 FOREIGN_WEIGHTS = ("consolidated*.safetensors",)
 """The same weights once more in the vendor's own layout, which no Hugging Face loader reads."""
 
+CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py")
+
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
