@@ -103,7 +103,10 @@ def _packed_faults(
         if name not in whole:
             continue
         shape, mine = whole[name][1], parts[name][1]
-        if len(shape) == 2 and shape[axis] > 1 and shape[axis] != pieces * mine[axis]:
+        repeated = len(shape) < 2 or (axis == 1 and form.strategy == "channel")
+        if name != "weight_packed" and repeated:
+            continue  # every GPU has all of it
+        if shape[axis] != pieces * mine[axis]:
             where = ("outputs", "inputs")[axis]
             yield (
                 f"{module_name(info.name)}.{name} {list(shape)}: {part[axis]} {where} for each GPU "
