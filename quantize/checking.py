@@ -55,7 +55,7 @@ class Report:
                         for finding in check.told.findings
                     ],
                     "notes": check.told.notes,
-                    "not_checked_because": check.told.skipped,
+                    "not_checked_because": check.told.unchecked or check.told.skipped,
                 }
                 for check in self.checks
             ],
@@ -71,7 +71,7 @@ def check_recipe(
     try:
         inputs = Inputs.read(recipe, overrides, store_folder, online=online, faults=faults)
     except UsageError as error:
-        unread = Told(skipped="the recipe cannot be read")
+        unread = Told(unchecked="the recipe cannot be read")
         rest = [Checked(name, unread) for name in (INPUTS, *(check.name for check in CHECKS))]
         return Report(recipe, (Checked("recipe", Told([Finding.of(error)])), *rest))
     made = plan(inputs.resolved, inputs.environments.lock_digest)

@@ -75,9 +75,11 @@ class Checked:
 
     @property
     def outcome(self) -> str:
-        """`failed`, `skipped` (the check could not be made) or `passed`."""
+        """`failed`, `unchecked` (it could not be made), `skipped` (nothing to check), `passed`."""
         if self.told.findings:
             return "failed"
+        if self.told.unchecked:
+            return "unchecked"
         return "skipped" if self.told.skipped else "passed"
 
 
@@ -104,7 +106,7 @@ def on_source(now: Situation) -> Told:
     if not asked:
         return Told(skipped="nothing has to come from the Hub")
     if not now.online:
-        return Told(skipped="offline")
+        return Told(unchecked="offline")
     from quantize.hub.sources import check_sources
 
     return check_sources(now.resolved, asked, now.store, now.to_run, now.outline)
@@ -113,7 +115,7 @@ def on_source(now: Situation) -> Told:
 def on_files(now: Situation) -> Told:
     """config.json, safetensors headers, index, tokenizer files; no code, nothing quantized."""
     if now.folder is None or ("model" not in now.resolved.paths and not any(now.folder.iterdir())):
-        return Told(skipped="the checkpoint cannot be read before it is fetched")
+        return Told(unchecked="the checkpoint cannot be read before it is fetched")
     now.checkpoint, findings = examine(now.folder)
     if now.checkpoint is None:
         return Told(findings)
@@ -125,7 +127,7 @@ def _with_checkpoint(check: Callable[[Situation, Checkpoint], Told]) -> Callable
 
     def make(now: Situation) -> Told:
         if now.checkpoint is None:
-            return Told(skipped="there is no sound checkpoint to read yet")
+            return Told(unchecked="there is no sound checkpoint to read yet")
         return check(now, now.checkpoint)
 
     return make
@@ -136,7 +138,7 @@ def on_headers(now: Situation, checkpoint: Checkpoint) -> Told:
     promises = promises_of(checkpoint)
     if promises is None:
         return Told(
-            skipped=f"names and shapes of {checkpoint.architecture} are not in the table; the "
+            unchecked=f"names and shapes of {checkpoint.architecture} are not in the table; the "
             "weights' loader refuses what is missing"
         )
     return Told(check_headers(checkpoint, promises))
@@ -200,7 +202,7 @@ def on_adapter(now: Situation) -> Told:
     if model.adapter is None:
         return Told(skipped="the recipe has no adapter")
     if "adapter" not in now.resolved.paths:
-        return Told(skipped="the adapter cannot be read before it is fetched")
+        return Told(unchecked="the adapter cannot be read before it is fetched")
     path = now.resolved.paths["adapter"]
     return Told(check_adapter(path, model.adapter_mode or "merge", now.checkpoint))
 
@@ -209,8 +211,9 @@ def on_calibration(now: Situation) -> Told:
     """A local calibration file, row by row."""
     path = now.resolved.paths.get("calibration")
     if path is None:
-        needed = now.resolved.recipe.quantize.needs_calibration
-        return Told(skipped="no local calibration file" if needed else "the method needs no data")
+        if now.resolved.recipe.quantize.needs_calibration:
+            return Told(unchecked="the data cannot be read before they are fetched")
+        return Told(skipped="the method needs no data")
     if "calibrate" not in now.to_run:
         return Told(skipped="it is calibrated already")
     template = now.checkpoint.has_chat_template if now.checkpoint is not None else None
@@ -259,7 +262,7 @@ def on_hub_target(now: Situation) -> Told:
         return Told(skipped="nothing is published to the Hub")
     findings = parts.check_hub_target(now.resolved, hub, online=now.online)
     if not findings and not now.online:
-        return Told(skipped="offline: a token is there, and the Hub was not asked")
+        return Told(unchecked="offline: a token is there, and the Hub was not asked")
     return Told(findings)
 
 
@@ -268,7 +271,7 @@ def on_url_target(now: Situation) -> Told:
     url = now.resolved.recipe.publish.url
     if url is None or "publish" not in now.to_run:
         return Told(skipped="nothing is published to a URL")
-    return Told(parts.check_place(url)) if now.online else Told(skipped="offline")
+    return Told(parts.check_place(url)) if now.online else Told(unchecked="offline")
 
 
 def on_signature(now: Situation) -> Told:

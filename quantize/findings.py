@@ -34,11 +34,15 @@ class Finding:
 
 @dataclass
 class Told:
-    """What a check says: what must be put right, what is worth knowing, why it was not made."""
+    """What a check says: what must be put right, and what is worth knowing.
+
+    `skipped` says why there is nothing to check, `unchecked` why it could not be made.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     skipped: str = ""
+    unchecked: str = ""
 
 
 @dataclass

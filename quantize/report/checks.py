@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from quantize.checking import Report
     from quantize.checklist import Checked
 
-MARKS = {"passed": ("✓", "green"), "failed": ("✗", "bold red"), "skipped": ("-", "dim")}
+MARKS = {
+    "passed": ("✓", "green"),
+    "failed": ("✗", "bold red"),
+    "skipped": ("-", "dim"),
+    "unchecked": ("?", "yellow"),
+}
 
 
 def checks_text(report: Report) -> str:
@@ -30,7 +35,9 @@ def checks_text(report: Report) -> str:
         table.add_row(Text(mark, style), check.name, _said(check))
     count = len(report.findings)
     noun = "thing" if count == 1 else "things"
-    verdict = Text("a run can begin", "bold green")
+    open_ones = sum(check.outcome == "unchecked" for check in report.checks)
+    but = f"; {open_ones} checks could not be made" if open_ones else ""
+    verdict = Text(f"a run can begin{but}", "bold green")
     if count:
         verdict = Text(f"{count} {noun} must be put right first", "bold red")
     notes = [Padding(Text(f"note: {one_line(note)}"), 0) for note in report.notes]
@@ -44,6 +51,8 @@ def _said(check: Checked) -> Text:
         lines += [one_line(line) for line in finding.message.splitlines()]
         lines += [f"→ {one_line(finding.hint)}"] if finding.hint else []
     lines += [f"note: {one_line(note)}" for note in check.told.notes]
+    if check.told.unchecked and not lines:
+        return Text(f"not checked: {check.told.unchecked}", "yellow")
     if check.told.skipped:
-        return Text(f"not checked: {check.told.skipped}", "dim")
+        return Text(check.told.skipped, "dim")
     return Text("\n".join(lines))
