@@ -16,6 +16,7 @@ from quantize.errors import SourceError
 from quantize.findings import Finding, raise_findings
 from quantize.model_files import (
     CHECKPOINT_FILES,
+    CODE,
     any_match,
     card_metadata,
     chat_template,
@@ -37,7 +38,6 @@ __all__ = [
     "read_checkpoint",
 ]
 
-CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py")
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|\w+_embed|wte|wpe|\w*embeddings?)\.weight$")
 LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
 

@@ -132,6 +132,35 @@ def plan(recipe: str, store_folder: Path | None, overrides: tuple[str, ...], as_
     show_plan(Session.open(recipe, overrides, store_folder, online=False), as_json)
 
 
+@main.command()
+@click.argument("recipe")
+@STORE
+@SET
+@click.option("--offline", is_flag=True, help="Ask no Hub and no bucket.")
+@JSON
+def check(
+    recipe: str,
+    store_folder: Path | None,
+    overrides: tuple[str, ...],
+    offline: bool,
+    as_json: bool,
+) -> int:
+    """Check all that can be known of RECIPE before weights load, and write nothing.
+
+    A run checks the same first. Exits with the code that the run would end with.
+    """
+    from quantize.checking import check_recipe
+    from quantize.report.checks import checks_text
+
+    with handle_signals():
+        report = check_recipe(recipe, overrides, store_folder, online=not offline)
+    if as_json:
+        click.echo(json.dumps(report.json(), indent=1, ensure_ascii=False))
+    else:
+        click.echo(checks_text(report), nl=False)
+    return report.exit_code
+
+
 def show_plan(session: Any, as_json: bool) -> None:
     """Print a session's plan as a table or as JSON."""
     from quantize.report.tables import plan_json, plan_table, render

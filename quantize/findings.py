@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from quantize.errors import (
     ConflictError,
     CredentialsError,
+    Interrupted,
     QuantizeError,
     ResourceError,
     SourceError,
@@ -26,25 +28,74 @@ class Finding:
     @classmethod
     def of(cls, error: QuantizeError) -> Finding:
         """The finding that an exception reports."""
-        return cls(error.message, error.hint, type(error))
+        kind = UsageError if isinstance(error, UsageError) else type(error)  # not RecipeError
+        return cls(error.message, error.hint, kind)
+
+
+@dataclass
+class Told:
+    """What a check says: what must be put right, and what is worth knowing.
+
+    `skipped` says why there is nothing to check, `unchecked` why it could not be made.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: str = ""
+    unchecked: str = ""
+
+
+@dataclass
+class Faults:
+    """Errors of steps that do not need each other, kept so that all are reported at once."""
+
+    errors: list[QuantizeError] = field(default_factory=list)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the error that ends the block; a signal still ends everything."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except QuantizeError as error:
+            self.errors.append(error)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The errors as findings."""
+        return [Finding.of(error) for error in self.errors]
+
+    def raise_all(self) -> None:
+        """Raise the one error as it is, several as one; nothing without any."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        raise_findings(self.findings)
 
 
 def raise_findings(findings: Sequence[Finding]) -> None:
-    """Raise one error that lists every finding with its remedy; without findings do nothing.
+    """Raise the one error of :func:`error_of`; without findings do nothing."""
+    error = error_of(findings)
+    if error is not None:
+        raise error
+
+
+def error_of(findings: Sequence[Finding]) -> QuantizeError | None:
+    """One error that lists every finding with its remedy; None without findings.
 
     Its class is that of the lowest exit code among them (usage, source, resources, credentials,
     conflict): what is wrong with the input is put right before anyone buys a disk.
     """
     if not findings:
-        return
+        return None
     classes = {finding.error for finding in findings}
     order = (UsageError, SourceError, ResourceError, CredentialsError, ConflictError)
     error = next((cls for cls in order if cls in classes), findings[0].error)
     if len(findings) == 1:
-        raise error(findings[0].message, findings[0].hint)
+        return error(findings[0].message, findings[0].hint)
     lines = [f"{len(findings)} things must be put right first"]
     for number, finding in enumerate(findings, 1):
         lines.append(f"  {number}. {finding.message}")
         if finding.hint:
             lines.append(f"     → {finding.hint}")
-    raise error("\n".join(lines), "put these right and run the command again")
+    return error("\n".join(lines), "put these right and run the command again")

@@ -41,8 +41,14 @@ CHECKPOINT_FILES = (
 )
 """Patterns of the file names that belong to a checkpoint; everything else is left alone."""
 
+SPECIAL_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+)
+
 FOREIGN_WEIGHTS = ("consolidated*.safetensors",)
 """The same weights once more in the vendor's own layout, which no Hugging Face loader reads."""
+
+CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py")
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
@@ -92,6 +98,19 @@ def chat_template(folder: Path) -> str | None:
             if isinstance(entry, dict) and entry.get("name") == "default":
                 return str(entry["template"])
     return None
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens that the tokenizer's config names, e.g. `eos_token`, each as text."""
+    found: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        stated = read_json_object(folder / file) if (folder / file).is_file() else {}
+        for name in SPECIAL_TOKENS:
+            value = stated.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str) and value:
+                found[name] = value
+    return found
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Every cheap check before a run, reported together: seconds now instead of hours later.
+"""Checks before a run that concern the recipe's other inputs, the machine and the targets.
 
-Nothing here loads weights. A Hub checkpoint is checked in the same way once it is fetched
-(:func:`quantize.source_checks.check_checkpoint`).
+:mod:`quantize.checklist` has the table in which they stand, and calls them.
 """
 
 from __future__ import annotations
@@ -10,67 +9,29 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
-from quantize.adapter_checks import check_adapter
-from quantize.checkpoint import LAYER, Checkpoint, examine
+from quantize.checkpoint import LAYER, Checkpoint
 from quantize.engine.support import why_not
 from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
-from quantize.findings import Finding, raise_findings
+from quantize.findings import Finding
 from quantize.machine import memory_bytes
 from quantize.recipe import Recipe
-from quantize.source_checks import check_source, promised_bytes
+from quantize.source_checks import promised_bytes
 from quantize.stages.base import Resolved
 from quantize.targets import Hub
 
-ALL = frozenset({"fetch", "calibrate", "compress", "measure", "card", "publish"})
+ALL = frozenset({"fetch", "adapter", "calibrate", "compress", "measure", "card", "publish"})
 
 SLACK_BYTES = 256 << 20
 """Logs, samples and token ids of one run."""
 
+HEAD_BYTES = 1 << 20
+"""How much of a calibration file tells whether it holds conversations."""
+
 SCAN_LIMIT_BYTES = 64 << 20
 """How much of a calibration file is parsed beforehand; the calibrate stage reads the rest."""
-
-
-def preflight(
-    resolved: Resolved, store: Path, to_run: Collection[str] = ALL, *, online: bool = True
-) -> None:
-    """Raise one error with every finding; `to_run` names the kinds of stages that are not done.
-
-    SourceError before ResourceError before CredentialsError before ConflictError; see
-    :func:`quantize.findings.raise_findings`. `store` need not exist yet. The Hub is asked about
-    token and target, and a URL what it holds, only when `online` and publishing there.
-    """
-    recipe, paths = resolved.recipe, resolved.paths
-    findings: list[Finding] = []
-    checkpoint: Checkpoint | None = None
-    template: bool | None = None  # unknown before a Hub checkpoint is fetched
-    if "model" in paths:
-        checkpoint, findings = examine(paths["model"])
-    if checkpoint is not None:
-        findings += check_source(checkpoint, recipe)
-        template = checkpoint.has_chat_template
-        if "measure" in to_run:
-            findings += check_suite(checkpoint, resolved)
-    if "adapter" in paths:
-        mode = recipe.model.adapter_mode or "merge"
-        findings += check_adapter(paths["adapter"], mode, checkpoint)
-        template = None if template is False else template  # the adapter may bring one
-    if "calibration" in paths and "calibrate" in to_run:
-        findings += check_calibration(paths["calibration"], has_chat_template=template)
-    if "card_template" in paths and "card" in to_run:
-        findings += check_card_template(paths["card_template"])
-    if checkpoint is not None and {"fetch", "compress"} & set(to_run):
-        findings += check_resources(checkpoint, recipe, store, to_run)
-    if recipe.publish.hub is not None and "publish" in to_run:
-        findings += check_hub_target(resolved, recipe.publish.hub, online=online)
-    if recipe.publish.url is not None and "publish" in to_run and online:
-        findings += check_place(recipe.publish.url)
-    if recipe.publish.sign is not None and "publish" in to_run:
-        from quantize import signing
-
-        findings += signing.findings(recipe.publish.sign, online=online)
-    raise_findings(findings)
 
 
 def check_calibration(path: Path, *, has_chat_template: bool | None) -> list[Finding]:
@@ -259,6 +220,18 @@ def _check_json_lines(path: Path, has_chat_template: bool | None) -> list[Findin
             )
         )
     return findings
+
+
+def has_messages(path: Path) -> bool:
+    """Whether one of the first rows of a JSON lines file is a conversation."""
+    if path.suffix in (".parquet", ".txt"):
+        return False
+    with path.open("rb") as file:
+        for line in file.readlines(HEAD_BYTES):
+            with suppress(ValueError, RecursionError):
+                if _kind(json.loads(line.decode("utf-8"))) == "messages":
+                    return True
+    return False
 
 
 def _kind(row: object) -> str:

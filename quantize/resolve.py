@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from quantize.errors import QuantizeError, SourceError, UsageError
+from quantize.errors import QuantizeError, SourceError, TransientError, UsageError
 from quantize.evaluation import Evaluate
+from quantize.findings import Faults
 from quantize.hash_cache import HashCache
 from quantize.keys import digest
 from quantize.model_files import any_match, checkpoint_files
@@ -43,6 +44,7 @@ def resolve(
     cache_path: Path,
     hash_limit_bytes: int | None = None,
     on_hashed: Callable[[int, int], None] | None = None,
+    faults: Faults | None = None,
 ) -> Resolved:
     """Digests and local paths of everything that `recipe` names.
 
@@ -52,49 +54,67 @@ def resolve(
     `cache_path` does not know is left absent. `on_hashed` is told (bytes done, bytes in all).
 
     Raises SourceError for a local input that is missing or unreadable, RecipeError for a mistake in
-    the suite or its prompts, and what :mod:`quantize.hub` raises when `online`.
+    the suite or its prompts, and what :mod:`quantize.hub` raises when `online`; all of them at
+    once. With `faults` they are kept there instead, and what they concern stays absent.
     """
+    own = Faults() if faults is None else faults
     folder = recipe_path.absolute().parent
     cache = HashCache(cache_path, on_hashed=on_hashed)
-    inputs = _Inputs(cache, online, hash_limit_bytes)
+    inputs = _Inputs(cache, online, hash_limit_bytes, own)
     _resolve_model(recipe, folder, inputs)
     if recipe.calibration is not None and recipe.quantize.needs_calibration:
         calibration = recipe.calibration
-        path = find_data(calibration.source, folder, "calibration.source")
-        inputs.data("calibration", path, calibration.source, calibration.revision)
-    suite = None
-    if recipe.evaluate is not None:
-        suite = _resolve_suite(recipe, folder, inputs)
-        _check_task_names(recipe.evaluate, suite)
-        if recipe.evaluate.text is not None:
-            text = recipe.evaluate.text
-            path = find_data(text.text, folder, "evaluate.text")
-            inputs.data("own_text", path, text.text, text.revision)
-        if measures_base(recipe, suite):
-            _resolve_base(recipe.model, folder, inputs)
+        with own.kept():
+            path = find_data(calibration.source, folder, "calibration.source")
+            inputs.data("calibration", path, calibration.source, calibration.revision)
+    suite = _resolve_evaluation(recipe, folder, inputs)
     if recipe.publish.sign is not None:
         _resolve_signer(recipe.publish.sign, inputs)
     if recipe.publish.card_template is not None:
-        _resolve_template(recipe.publish.card_template, folder, inputs)
+        with own.kept():
+            _resolve_template(recipe.publish.card_template, folder, inputs)
     cache.save()
+    if faults is None:
+        own.raise_all()
     return Resolved(recipe, folder, accelerator, inputs.digests, inputs.paths, suite)
+
+
+def _resolve_evaluation(recipe: Recipe, folder: Path, inputs: _Inputs) -> Suite | None:
+    """The suite with what it names, a text of the recipe's own, and the base that is measured."""
+    evaluate = recipe.evaluate
+    if evaluate is None:
+        return None
+    suite = None
+    with inputs.faults.kept():
+        suite = _resolve_suite(evaluate, folder, inputs)
+        _check_task_names(evaluate, suite)
+    with inputs.faults.kept():
+        if evaluate.text is not None:
+            path = find_data(evaluate.text.text, folder, "evaluate.text")
+            inputs.data("own_text", path, evaluate.text.text, evaluate.text.revision)
+    with inputs.faults.kept():
+        if measures_base(recipe, suite):
+            _resolve_base(recipe.model, folder, inputs)
+    return suite
 
 
 def _resolve_model(recipe: Recipe, folder: Path, inputs: _Inputs) -> None:
     model = recipe.model
-    path = find_checkpoint(model.source, folder)
-    if path is None:
-        inputs.hub("model", model.source, model.revision, "model")
-    else:
-        inputs.checkpoint("model", path, checkpoint_files(path))
+    with inputs.faults.kept():
+        path = find_checkpoint(model.source, folder)
+        if path is None:
+            inputs.hub("model", model.source, model.revision, "model")
+        else:
+            inputs.checkpoint("model", path, checkpoint_files(path))
     if model.adapter is None:
         return
-    path = find_checkpoint(model.adapter, folder, "model.adapter")
-    if path is None:
-        inputs.hub("adapter", model.adapter, model.adapter_revision, "model")
-    else:
-        own = sorted(p.name for p in path.iterdir() if any_match(p.name, ADAPTER_FILES))
-        inputs.checkpoint("adapter", path, own)
+    with inputs.faults.kept():
+        path = find_checkpoint(model.adapter, folder, "model.adapter")
+        if path is None:
+            inputs.hub("adapter", model.adapter, model.adapter_revision, "model")
+        else:
+            own = sorted(p.name for p in path.iterdir() if any_match(p.name, ADAPTER_FILES))
+            inputs.checkpoint("adapter", path, own)
 
 
 def measures_base(recipe: Recipe, suite: Suite | None) -> bool:
@@ -144,36 +164,50 @@ def _check_task_names(evaluate: Evaluate, suite: Suite) -> None:
             )
 
 
-def _resolve_suite(recipe: Recipe, folder: Path, inputs: _Inputs) -> Suite:
-    assert recipe.evaluate is not None
-    suite_path = find_suite(recipe.evaluate.suite, folder)
+def _resolve_suite(evaluate: Evaluate, folder: Path, inputs: _Inputs) -> Suite:
+    suite_path = find_suite(evaluate.suite, folder)
     suite = load_suite(suite_path)
     suite_folder = suite_path.absolute().parent
     inputs.add("suite", contents_digest(suite), suite_path)
-    prompts_path = find_prompts(suite.smoke, suite_folder)
-    inputs.add("prompts", contents_digest(load_prompts(prompts_path)), prompts_path)
-    if suite.perplexity is not None:
-        text = suite.perplexity
-        path = find_data(text.text, suite_folder, f"perplexity.text of suite {suite.name}")
-        inputs.data("text", path, text.text, text.revision)
-    if suite.health is not None:
-        path = find_data(suite.health.prompts, suite_folder, f"health of suite {suite.name}")
-        if path is None:
-            raise SourceError(
-                f"suite {suite.name}: there is no file of prompts {suite.health.prompts!r}",
-                f"correct health.prompts in {suite_path}",
-            )
-        inputs.data("health", path, suite.health.prompts, None)
-    if suite.tasks_folder is not None:
-        tasks = find_path(suite.tasks_folder, suite_folder)
-        if tasks is None or not tasks.is_dir():
-            raise SourceError(
-                f"suite {suite.name}: there is no tasks folder {suite.tasks_folder!r}",
-                f"correct tasks_folder in {suite_path}",
-            )
-        names = task_files(tasks, [task.name for task in suite.tasks])
-        inputs.add("tasks", inputs.cache.tree(tasks, names), tasks)
+    with inputs.faults.kept():
+        prompts_path = find_prompts(suite.smoke, suite_folder)
+        inputs.add("prompts", contents_digest(load_prompts(prompts_path)), prompts_path)
+    with inputs.faults.kept():
+        if suite.perplexity is not None:
+            text = suite.perplexity
+            path = find_data(text.text, suite_folder, f"perplexity.text of suite {suite.name}")
+            inputs.data("text", path, text.text, text.revision)
+    with inputs.faults.kept():
+        _resolve_health(suite, suite_path, inputs)
+    with inputs.faults.kept():
+        _resolve_tasks(suite, suite_path, inputs)
     return suite
+
+
+def _resolve_health(suite: Suite, suite_path: Path, inputs: _Inputs) -> None:
+    if suite.health is None:
+        return
+    folder = suite_path.absolute().parent
+    path = find_data(suite.health.prompts, folder, f"health of suite {suite.name}")
+    if path is None:
+        raise SourceError(
+            f"suite {suite.name}: there is no file of prompts {suite.health.prompts!r}",
+            f"correct health.prompts in {suite_path}",
+        )
+    inputs.data("health", path, suite.health.prompts, None)
+
+
+def _resolve_tasks(suite: Suite, suite_path: Path, inputs: _Inputs) -> None:
+    if suite.tasks_folder is None:
+        return
+    tasks = find_path(suite.tasks_folder, suite_path.absolute().parent)
+    if tasks is None or not tasks.is_dir():
+        raise SourceError(
+            f"suite {suite.name}: there is no tasks folder {suite.tasks_folder!r}",
+            f"correct tasks_folder in {suite_path}",
+        )
+    names = task_files(tasks, [task.name for task in suite.tasks])
+    inputs.add("tasks", inputs.cache.tree(tasks, names), tasks)
 
 
 def contents_digest(file: Suite | Prompts) -> str:
@@ -216,6 +250,7 @@ class _Inputs:
     cache: HashCache
     online: bool
     hash_limit_bytes: int | None
+    faults: Faults
     digests: dict[str, str] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
 
@@ -247,7 +282,8 @@ class _Inputs:
     ) -> None:
         """A Hub repository: ``repo@commit`` when the commit is pinned or may be looked up."""
         commit = revision if revision and COMMIT.fullmatch(revision) else None
-        if commit is None and self.online:
+        down = any(isinstance(error, TransientError) for error in self.faults.errors)
+        if commit is None and self.online and not down:  # once is enough to tell
             from quantize.hub import (
                 repository as hub,  # imports an HTTP client: only runs that go online pay for it
             )

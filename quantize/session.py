@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from quantize import __version__, stop
+from quantize.checklist import Situation, preflight, survey
 from quantize.environments import (
     Environments,
     accelerator,
     cache_folder,
 )
-from quantize.errors import Interrupted, ResourceError
+from quantize.errors import Interrupted, ResourceError, TransientError
 from quantize.execute import Outcome, execute, places, select
+from quantize.findings import Faults, raise_findings
 from quantize.gpu_processes import gpu_processes, leftovers
 from quantize.hash_cache import HashCache
 from quantize.in_use import announced
 from quantize.metrics_file import check_name, write_metrics
 from quantize.plan import Plan
 from quantize.planner import plan, with_stale, with_status
-from quantize.preflight import preflight
 from quantize.process import withhold
 from quantize.progress import BarView, LineView, Progress, View
 from quantize.protocol import write_json
@@ -86,6 +87,48 @@ class _Running:
     started: float  # monotonic
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, read; as far as it is there, where faults are kept."""
+
+    resolved: Resolved
+    environments: Environments
+    store: Store
+
+    @classmethod
+    def read(
+        cls,
+        recipe: str,
+        overrides: Sequence[str],
+        store_folder: Path | None,
+        *,
+        online: bool,
+        faults: Faults,
+    ) -> Inputs:
+        """Nothing is written but a cache of hashes. A UsageError for the recipe itself."""
+        path = find_recipe(recipe)
+        parsed = load_recipe(path, overrides)
+        withhold(parsed.publish.secret_variables)
+        here = accelerator()
+        resolved = resolve(
+            parsed,
+            path,
+            here,
+            online=online,
+            cache_path=cache_folder() / "hashes.json",
+            hash_limit_bytes=None if online else PLAN_HASH_LIMIT_BYTES,
+            on_hashed=_report_hashing("the checkpoint"),
+            faults=faults,
+        )
+        own = {str(k): Path(v.python).expanduser() for k, v in parsed.environments.items()}
+        return cls(resolved, Environments(here, cache_folder(), own), open_store(store_folder))
+
+
+def offline_after(faults: Faults) -> bool:
+    """Whether the Hub did not answer, so that asking again only costs time."""
+    return any(isinstance(error, TransientError) for error in faults.errors)
+
+
 @dataclass
 class Session:
     """One recipe on one machine with one store."""
@@ -99,23 +142,20 @@ class Session:
     def open(
         cls, recipe: str, overrides: Sequence[str], store_folder: Path | None, *, online: bool
     ) -> Session:
-        """Read everything that the plan depends on; nothing is written but a cache of hashes."""
-        path = find_recipe(recipe)
-        parsed = load_recipe(path, overrides)
-        withhold(parsed.publish.secret_variables)
-        here = accelerator()
-        resolved = resolve(
-            parsed,
-            path,
-            here,
-            online=online,
-            cache_path=cache_folder() / "hashes.json",
-            hash_limit_bytes=None if online else PLAN_HASH_LIMIT_BYTES,
-            on_hashed=_report_hashing("the checkpoint"),
-        )
-        own = {str(k): Path(v.python).expanduser() for k, v in parsed.environments.items()}
-        environments = Environments(here, cache_folder(), own)
-        store = open_store(store_folder)
+        """Read everything that the plan depends on; nothing is written but a cache of hashes.
+
+        Where something is missing and a run was to follow (`online`), what else would end it is
+        said with it.
+        """
+        faults = Faults()
+        read = Inputs.read(recipe, overrides, store_folder, online=online, faults=faults)
+        resolved, environments, store = read.resolved, read.environments, read.store
+        if faults.errors and online:
+            asks = not offline_after(faults)
+            checked = survey(Situation(resolved, store.root, online=asks))
+            others = [finding for one in checked for finding in one.told.findings]
+            raise_findings([*faults.findings, *others] if others else ())
+        faults.raise_all()
         made = with_status(plan(resolved, environments.lock_digest), store)
         made = with_stale(made, store, resolved)
         return cls(resolved, environments, store, made)
@@ -176,9 +216,21 @@ class Session:
             for line in leftovers(gpu_processes(), self.environments.cache / "environments"):
                 progress.note(line)
         with refusals("", self.store.root), self._announced(running.folder, progress):
-            preflight(self.resolved, self.store.root, self._kinds_to_run(selected))
-            self.environments.check_overrides()
+            self._preflight(selected, progress, quiet=running.as_json)
             execute(self.plan, self.resolved, self.store, running.runner, selected, running.outcome)
+
+    def _preflight(self, selected: Sequence[str], progress: Progress, *, quiet: bool) -> None:
+        """Every check of what this run will do; one error with all findings."""
+        entries = [e for e in self.plan.stages if e.id in selected and e.status != "done"]
+        checked = preflight(
+            self.resolved,
+            self.store.root,
+            {entry.kind for entry in entries},
+            environments=self.environments,
+            wanted=[name for entry in entries for name in entry.environments],
+        )
+        for note in (note for one in checked for note in one.told.notes if not quiet):
+            progress.note(f"note: {note}")
 
     def artifacts_until(self, last: str, *, as_json: bool) -> dict[str, Artifact]:
         """Run what is missing up to a stage, as :meth:`run` does; artifacts by their stage's id."""
@@ -205,10 +257,6 @@ class Session:
 
         used = [(entry.kind, entry.key) for entry in self.plan.stages if entry.key is not None]
         return announced(self.store.root, used, folder, on_wait)
-
-    def _kinds_to_run(self, selected: Sequence[str]) -> set[str]:
-        """Kinds of the stages that this run will do something for, as far as the plan knows."""
-        return {e.kind for e in self.plan.stages if e.id in selected and e.status != "done"}
 
     def _run_folder(self) -> Path:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

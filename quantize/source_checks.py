@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import LAYER, Checkpoint, examine
+from quantize.checkpoint import Checkpoint, examine
 from quantize.findings import Finding
 from quantize.formats import (
     BLOCK,
@@ -17,12 +17,12 @@ from quantize.formats import (
     layout_bytes,
     module_formats,
 )
+from quantize.header_checks import check_headers, promises_of
 from quantize.modules import matches, module_name, nearest, served_unit
+from quantize.parallel_checks import check_tensor_parallel, parallel_faults
 from quantize.recipe import GROUPED, Quantize, Recipe
 from quantize.tensors import TensorInfo
-
-ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|w2|wo)$")
-"""Linears whose input is split over the ranks of tensor parallelism; others split their output."""
+from quantize.tokenizer_checks import check_tokenizer
 
 JOINED = re.compile(r"\.(q_proj|k_proj|gate_proj)$")
 """Linears that vLLM joins with the next: FP8 blocks must not straddle the seam."""
@@ -37,7 +37,22 @@ def check_checkpoint(folder: Path, recipe: Recipe) -> list[Finding]:
 
 
 def check_source(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
-    """What the recipe asks for and this checkpoint's shapes do not allow."""
+    """What is wrong with the checkpoint itself, and what the recipe asks for and it does not allow.
+
+    The parts stand alone in :mod:`quantize.checklist`, which names each.
+    """
+    promises = promises_of(checkpoint)
+    return [
+        *(check_headers(checkpoint, promises) if promises is not None else ()),
+        *check_tokenizer(checkpoint).findings,
+        *check_schemes(checkpoint, recipe),
+        *check_parallel(checkpoint, recipe),
+        *check_lengths(checkpoint, recipe),
+    ]
+
+
+def check_schemes(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
+    """Module patterns, group sizes, blocks, tied heads, and what is served as one matrix."""
     formats = module_formats(recipe.quantize)
     findings = _check_patterns(checkpoint, formats)
     chosen = _chosen(checkpoint, formats)
@@ -59,10 +74,19 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
         infos = [info for info, theirs in chosen if theirs is rule]
         findings += _check_groups(infos, rule)
         findings += _check_blocks(infos, rule.form)
-    findings += _check_units(checkpoint, formats)
-    for size in sorted({recipe.serve.tensor_parallel_size, *recipe.serve.tensor_parallel_sizes}):
-        findings += _check_tensor_parallel(checkpoint, chosen, size)
-    return findings + _check_lengths(checkpoint, recipe)
+    return findings + _check_units(checkpoint, formats)
+
+
+def check_parallel(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
+    """Every size that the checkpoint is measured or to be served with."""
+    chosen = chosen_weights(checkpoint, recipe.quantize)
+    sizes = sorted({recipe.serve.tensor_parallel_size, *recipe.serve.tensor_parallel_sizes})
+    return [found for n in sizes for found in check_tensor_parallel(checkpoint, chosen, n)]
+
+
+def chosen_weights(checkpoint: Checkpoint, quantize: Quantize) -> list[tuple[TensorInfo, Rule]]:
+    """The weights that a recipe quantizes, each with the rule that says how."""
+    return _chosen(checkpoint, module_formats(quantize))
 
 
 def promised_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -178,53 +202,11 @@ def _said(form: WeightFormat | None) -> str:
 
 
 def tensor_parallel_faults(checkpoint: Checkpoint, quantize: Quantize, size: int) -> list[str]:
-    """What does not split evenly over `size` GPUs: heads, outputs or groups; shapes alone."""
-    return _tensor_parallel_faults(checkpoint, _chosen(checkpoint, module_formats(quantize)), size)
+    """What does not split evenly over `size` GPUs; see :mod:`quantize.parallel_checks`."""
+    return parallel_faults(checkpoint, chosen_weights(checkpoint, quantize), size)
 
 
-def _check_tensor_parallel(
-    checkpoint: Checkpoint, chosen: Sequence[tuple[TensorInfo, Rule]], size: int
-) -> list[Finding]:
-    faults = _tensor_parallel_faults(checkpoint, chosen, size)
-    if not faults:
-        return []
-    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return [
-        Finding(
-            f"tensor parallel size {size} does not split {'; '.join(faults[:3])}{more}",
-            f"remove {size} from serve.tensor_parallel_sizes, or take a smaller group size",
-        )
-    ]
-
-
-def _tensor_parallel_faults(
-    checkpoint: Checkpoint, chosen: Sequence[tuple[TensorInfo, Rule]], size: int
-) -> list[str]:
-    if size == 1:
-        return []
-    faults = []
-    heads = checkpoint.dimension("num_attention_heads")
-    if heads is not None and heads % size:
-        faults.append(f"{heads} attention heads")
-    kv_heads = checkpoint.dimension("num_key_value_heads")
-    if kv_heads is not None and kv_heads % size and size % kv_heads:
-        faults.append(f"{kv_heads} key-value heads")
-    for info, rule in chosen:
-        module, form = module_name(info.name), rule.form
-        block = BLOCK if form.strategy == "block" else 1
-        if not LAYER.search(info.name):
-            continue
-        if ROW_PARALLEL.search(module):
-            unit = form.group_size or block
-            if info.shape[1] % (size * unit):
-                what = f"{unit} inputs each" if unit > 1 else "one input each"
-                faults.append(f"{module} with {info.shape[1]} inputs (shares of {what})")
-        elif not module.endswith(("k_proj", "v_proj")) and info.shape[0] % (size * block):
-            faults.append(f"{module} with {info.shape[0]} outputs")
-    return faults
-
-
-def _check_lengths(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
+def check_lengths(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
     """Lengths beyond the trained positions; rope scaling by a factor is left to the server."""
     limit = checkpoint.dimension("max_position_embeddings")
     if limit is None or _scales_rope(checkpoint.text_config):

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+GATED_REPOSITORY = re.compile(
+    r"//[^/]+/(?:api/models/|api/(?=datasets/))?((?:datasets/)?[^/]+/[^/?]+)/"
+)
+"""The repository in the address of a file or of an API call."""
+
 DEFAULT_ENDPOINT = "https://huggingface.co"
 TRY_AGAIN = "run the same command again"
 TIMEOUT_SECONDS = 300.0
@@ -165,7 +170,10 @@ def _from_answer(access: Access, what: str, error: Any) -> QuantizeError:
     said = clean(access, error.server_message or "")
     message = f"{access.host} answered {status} while {what}" + (f": {said}" if said else "")
     if isinstance(error, GatedRepoError):
-        return CredentialsError(message, "accept its terms on its page, and set HF_TOKEN")
+        page = GATED_REPOSITORY.search(str(error.response.url))
+        where = f"at {access.host}/{page[1]}" if page else "on its page"
+        hint = f"accept its terms {where}, and set HF_TOKEN to a token of that account"
+        return CredentialsError(message, hint)
     if status == 401 and access.token is not None:
         return CredentialsError(
             f"{message} (the token is wrong, expired or revoked)",

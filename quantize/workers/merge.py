@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantize.protocol import Events, Request, WorkerError, worker_main
 from quantize.workers import merge_check
+from quantize.workers.loading import load_model
 
 SHARD_SIZE = "5GB"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +42,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     adapter, output = Path(body["adapter"]), Path(body["output"])
     config = _config(adapter)
     events.progress("loading the base", 0, 1)
-    base = AutoModelForCausalLM.from_pretrained(body["base"], dtype="auto", local_files_only=True)
+    base = load_model(body["base"], "auto")
     known = base.get_input_embeddings().num_embeddings
     rows = _resize(base, adapter)
     _check_tokenizer(Path(body["tokenizer"]), rows)

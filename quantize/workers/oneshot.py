@@ -27,11 +27,11 @@ import numpy as np
 import torch
 import tqdm
 from llmcompressor import oneshot
-from transformers import AutoModelForCausalLM
 
 from quantize.engine.memory import peaks
 from quantize.engine.schemes import modifiers
 from quantize.protocol import Events, Request, worker_main
+from quantize.workers.loading import load_model
 
 SHARD_SIZE = "5GB"
 SAY_SECONDS = 0.25
@@ -47,9 +47,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     if not torch.cuda.is_available():
         _without_pinned_memory()
     events.progress("loading the checkpoint", 0, 1)
-    model = AutoModelForCausalLM.from_pretrained(
-        body["model"], dtype=torch.bfloat16, local_files_only=True
-    )
+    model = load_model(body["model"], torch.bfloat16)
     arguments: dict[str, Any] = {"model": model, "recipe": modifiers(body, model)}
     if body["tokens"]:
         loader, longest = _loader(Path(body["tokens"]))

@@ -23,6 +23,7 @@ class Account:
     role: str = "write"
     organisations: Mapping[str, str] = field(default_factory=dict)  # name → role in it
     scopes: tuple[dict[str, Any], ...] = ()
+    accepted: frozenset[str] = frozenset()  # gated repositories whose terms this account accepted
 
     def may_write(self, repo: str) -> bool:
         namespace = repo.partition("/")[0]

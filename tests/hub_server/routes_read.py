@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from tests.hub_server.accounts import Refused
 from tests.hub_server.messages import API, REPO, Answer, Asked
-from tests.hub_server.repos import File
+from tests.hub_server.repos import File, Repo
 
 SIGNATURE = "cdn-secret"
 
@@ -53,6 +53,7 @@ def describe(name: str, file: File) -> dict[str, Any]:
 def resolve(asked: Asked) -> Answer:
     """A file of a commit; the client asks with HEAD first."""
     repo = asked.readable()
+    _refuse_without_terms(repo, asked)
     oid, path = repo.resolve(asked.part("revision")), asked.part("path")
     file = repo.tree(oid).get(path)
     if file is None:
@@ -67,6 +68,16 @@ def resolve(asked: Asked) -> Answer:
         "Location": f"{asked.server.cdn}/_cdn/{place}",
     }
     return Answer(content=b"", status=302, headers=headers)
+
+
+def _refuse_without_terms(repo: Repo, asked: Asked) -> None:
+    """Files of a gated repository are for its owners and for those who accepted its terms."""
+    account = asked.account
+    if not repo.gated or (account and (account.may_read(repo.id) or repo.id in account.accepted)):
+        return
+    status, who = (401, "log in") if account is None else (403, "ask for access")
+    message = f"Access to model {repo.id} is restricted: you must {who}."
+    raise Refused(status, message, "GatedRepo")
 
 
 def cdn(asked: Asked) -> Answer:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from records_fixture import RECIPE, artifact, baseline_side, candidate_side, card_inputs, new_store
 
+from quantize.checklist import preflight
 from quantize.checkpoint import chat_template, read_checkpoint
 from quantize.errors import RecipeError, ResourceError, SourceError
 from quantize.keys import tree_sha256
@@ -19,7 +20,6 @@ from quantize.measure.scope import scope
 from quantize.measure.serving import _adapter, _tokenizer
 from quantize.plan import Plan, StageEntry
 from quantize.planner import plan
-from quantize.preflight import preflight
 from quantize.progress import LineView, Progress
 from quantize.recipe import Recipe
 from quantize.recipe_file import load_recipe

@@ -18,9 +18,9 @@ from records_fixture import (
     stage_context,
 )
 
+from quantize.checklist import preflight
 from quantize.cli import main
 from quantize.errors import QuantizeError, SourceError
-from quantize.preflight import preflight
 from quantize.report.card import card_variables, differences, render_card
 from quantize.report.card_template import VARIABLES, check_template
 from quantize.report.markdown import environment

@@ -17,6 +17,7 @@ from checkpoints import (
 from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
 
 from quantize import preflight as module
+from quantize.checklist import preflight
 from quantize.checkpoint import read_checkpoint
 from quantize.errors import (
     ConflictError,
@@ -25,7 +26,7 @@ from quantize.errors import (
     SourceError,
     UsageError,
 )
-from quantize.preflight import check_calibration, preflight
+from quantize.preflight import check_calibration
 from quantize.recipe import Recipe
 from quantize.source_checks import check_checkpoint, check_source, promised_bytes
 from quantize.stages.base import Resolved

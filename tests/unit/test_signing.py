@@ -23,9 +23,9 @@ from records_fixture import RECIPE, resolved_recipe
 
 import quantize
 from quantize import process
+from quantize.checklist import preflight
 from quantize.errors import ConflictError, CredentialsError, ResourceError, TransientError
 from quantize.listing import SIGNATURE
-from quantize.preflight import preflight
 from quantize.signing import findings, identify, library
 from quantize.stages import publish
 from quantize.targets import Publish, Sign

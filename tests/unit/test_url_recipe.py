@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from checkpoints import recipe, write_checkpoint
 
+from quantize.checklist import preflight
 from quantize.errors import ConflictError, CredentialsError, RecipeError, ResourceError
-from quantize.preflight import preflight
 from quantize.process import child_environment
 from quantize.recipe_file import load_recipe
 from quantize.stages import publish

@@ -1,0 +1,370 @@
+"""`quantize check`: the same table that a run goes through, with everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import write_checkpoint, write_json
+from hub_fixture import ACCOUNTS, TOKEN, hub_server, online
+
+from quantize import checking, environment_checks
+from quantize.checking import Report, check_recipe
+from quantize.checklist import CHECKS
+from quantize.environment_checks import check_environments, check_loopback, check_server
+from quantize.environments import Environments
+from quantize.errors import QuantizeError, ResourceError, SourceError, UsageError
+from quantize.session import Session
+from tests.hub_server import Account, Fault, Hub, HubServer
+from tests.unit.test_cli import quantize  # noqa: F401  (a fixture)
+
+ROWS = '{"messages": [{"role": "user", "content": "Hello"}]}\n{"text": "Some text."}\n'
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No environment is installed, no token is there."""
+    monkeypatch.setenv("QUANTIZE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QUANTIZE_ACCELERATOR", "cpu")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+
+
+def write_recipe(folder: Path, **changes: Any) -> str:
+    """A recipe (JSON is YAML) beside a checkpoint and calibration rows."""
+    recipe: dict[str, Any] = {
+        "version": 1,
+        "name": "tiny",
+        "model": {"source": "model"},
+        "calibration": {"source": "rows.jsonl", "sequence_length": 128},
+        "quantize": {"method": "awq", "group_size": 32},
+    }
+    write_json(folder / "recipe.yaml", recipe | changes)
+    (folder / "rows.jsonl").write_text(ROWS)
+    return str(folder / "recipe.yaml")
+
+
+def check(folder: Path, recipe: str, *, asks: bool = True) -> Report:
+    return check_recipe(recipe, (), folder / "store", online=asks)
+
+
+def row(report: Report, name: str) -> Any:
+    return next(check for check in report.checks if check.name == name)
+
+
+def messages(report: Report) -> str:
+    return " | ".join(f"{finding.message} → {finding.hint}" for finding in report.findings)
+
+
+def test_a_sound_recipe(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", shards=2)
+    report = check(tmp_path, write_recipe(tmp_path))
+    assert report.findings == []
+    assert report.exit_code == 0
+    assert [c.name for c in report.checks] == ["recipe", "inputs", *(c.name for c in CHECKS)]
+    assert row(report, "tensor names and shapes").outcome == "passed"
+    assert row(report, "Hub target").told.skipped == "nothing is published to the Hub"
+    (note,) = row(report, "environments").told.notes
+    assert "llmcompressor is not installed yet" in note
+    assert not (tmp_path / "store").exists()
+
+
+def test_faults_of_all_kinds_at_once_for_check_and_run_alike(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        model={"source": "no/where/to/be/found"},
+        calibration={"source": "missing.jsonl"},
+        evaluate={"suite": "tinny"},
+        publish={"hub": {"repo": "ann/tiny"}},
+    )
+    report = check(tmp_path, recipe)
+    said = messages(report)
+    for part in ("model.source: there is no folder", "missing.jsonl", "no suite", "no token"):
+        assert part in said
+    assert report.exit_code == UsageError.exit_code  # the suite's name
+    with pytest.raises(QuantizeError) as error:
+        Session.open(recipe, (), tmp_path / "store", online=True)
+    assert error.value.exit_code == report.exit_code
+    for finding in report.findings:
+        assert finding.message in error.value.message
+        assert finding.hint in error.value.message
+
+
+def test_a_broken_checkpoint_does_not_hide_the_rest(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    recipe = write_recipe(tmp_path, publish={"hub": {"repo": "ann/tiny"}})
+    (tmp_path / "rows.jsonl").write_text("")
+    report = check(tmp_path, recipe)
+    said = messages(report)
+    assert "model-00002-of-00003.safetensors is missing" in said
+    assert "rows.jsonl is empty" in said
+    assert "no token" in said
+    assert row(report, "tensor names and shapes").outcome == "unchecked"
+
+
+def test_mistakes_of_the_recipe_itself(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, quantize={"method": "awq", "group_sizes": 32, "ignore": 3})
+    report = check(tmp_path, recipe)
+    assert report.exit_code == 2
+    assert "2 mistakes in" in messages(report)
+    assert {c.outcome for c in report.checks[1:]} == {"unchecked"}
+
+
+def test_a_template_matters_where_something_renders_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", template="{% if %}")
+    report = check(tmp_path, write_recipe(tmp_path))
+    assert "syntax error" in messages(report)
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "Some text."}\n')
+    report = check(tmp_path, recipe)
+    assert report.findings == []
+    assert "syntax error" in row(report, "chat template").told.notes[0]
+
+
+def test_the_command_line(quantize, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    write_checkpoint(tmp_path / "model")
+    recipe = write_recipe(tmp_path)
+    done = quantize("check", recipe, "--offline")
+    assert done.code == 0, done.err
+    assert "✓  tensor names and shapes" in done.out
+    assert "a run can begin" in done.out
+    done = quantize("check", recipe, "--offline", "--set", "quantize.group_size=96", "--json")
+    assert done.code == 3
+    found = done.json()
+    assert found["exit_code"] == 3
+    (groups,) = [c for c in found["checks"] if c["name"] == "schemes and groups"]
+    assert groups["outcome"] == "failed"
+    (finding,) = groups["findings"]
+    assert "group size 96 does not divide" in finding["message"]
+    assert finding["hint"].startswith("set quantize.group_size")
+    assert (finding["kind"], finding["exit_code"]) == ("SourceError", 3)
+    run = quantize("run", recipe, "--set", "quantize.group_size=96")
+    assert run.code == 3
+    assert finding["message"] in run.err
+
+
+# Sources on a Hub
+
+SOURCE = "acme/tiny"
+
+
+def publish(server: HubServer, folder: Path, **state: Any) -> str:
+    """The folder's files as a commit of SOURCE; its id."""
+    repo = server.hub.create("model", SOURCE, private=state.get("private", False))
+    repo.gated = state.get("gated", False)
+    from tests.hub_server.repos import File
+
+    tree = {
+        path.name: File(path.read_bytes(), lfs=path.suffix == ".safetensors")
+        for path in folder.iterdir()
+    }
+    return repo.commit("main", tree, "all")
+
+
+@pytest.fixture
+def on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Serve a checkpoint; gives the server's context, the checkpoint's folder and a recipe."""
+    online(monkeypatch)
+    folder = write_checkpoint(tmp_path / "made", shards=3)
+
+    def recipe(server: HubServer, **model: Any) -> str:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        return write_recipe(tmp_path, model={"source": SOURCE, **model})
+
+    return folder, recipe
+
+
+def test_a_hub_checkpoint_is_checked_by_its_headers(tmp_path: Path, on_hub: Any) -> None:
+    folder, recipe = on_hub
+    with hub_server() as server:
+        commit = publish(server, folder)
+        report = check(tmp_path, recipe(server))
+        assert report.findings == []
+        assert row(report, "tensor names and shapes").outcome == "passed"
+        assert row(report, "tokenizer").outcome == "passed"
+        assert f"model: {SOURCE} at commit {commit[:12]}" in row(report, "Hub sources").told.notes
+    weights = [seen for seen in server.seen if seen.path.endswith(".safetensors")]
+    assert {seen.headers.get("range") for seen in weights if seen.method == "GET"} == {
+        "bytes=0-262143"
+    }
+
+
+def test_a_hub_checkpoint_whose_config_is_anothers(tmp_path: Path, on_hub: Any) -> None:
+    folder, recipe = on_hub
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"num_hidden_layers": 3})
+    with hub_server() as server:
+        publish(server, folder)
+        report = check(tmp_path, recipe(server))
+    assert "no tensor of layer 2" in messages(report)
+    assert report.exit_code == 3
+
+
+def test_pickled_weights_and_code_on_the_hub(tmp_path: Path, on_hub: Any) -> None:
+    folder, recipe = on_hub
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "modeling_own.py").write_text("print()")
+    with hub_server() as server:
+        publish(server, folder)
+        said = messages(check(tmp_path, recipe(server)))
+    assert "holds only pickled weights (pytorch_model.bin)" in said
+    assert "brings Python code (modeling_own.py)" in said
+
+
+def test_a_gate_says_where_its_terms_are(
+    tmp_path: Path, on_hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = on_hub
+    accounts = ACCOUNTS | {"hf_accepted": Account("bob", accepted=frozenset({SOURCE}))}
+    with HubServer(Hub(accounts)) as server:
+        publish(server, folder, gated="auto")
+        path = recipe(server)
+        for token, gated in ((None, True), (TOKEN, True), ("hf_accepted", False)):
+            if token is not None:
+                monkeypatch.setenv("HF_TOKEN", token)
+            report = check(tmp_path, path)
+            assert (f"accept its terms at {server.endpoint}/{SOURCE}" in messages(report)) == gated
+            assert report.exit_code == (5 if gated else 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "state", "said", "code"),
+    [
+        ({"revision": "v9"}, {}, "Invalid rev id: v9", 3),
+        ({"revision": "0" * 40}, {}, "no such revision", 3),
+        ({"source": "acme/other"}, {}, "no such repository, or a private one", 3),
+        ({}, {"private": True}, "no such repository, or a private one", 3),
+    ],
+)
+def test_what_is_not_there(
+    tmp_path: Path, on_hub: Any, model: dict, state: dict, said: str, code: int
+) -> None:
+    folder, recipe = on_hub
+    with hub_server() as server:
+        publish(server, folder, **state)
+        report = check(tmp_path, recipe(server, **model))
+    assert said in messages(report)
+    assert report.exit_code == code
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    tmp_path: Path, on_hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, recipe = on_hub
+    monkeypatch.setattr("quantize.hub.client.Access.retry_seconds", (), raising=False)
+    monkeypatch.setattr(
+        "quantize.hub.repository.access_from_environment", lambda: _access(os.environ)
+    )
+    with hub_server(Fault("api", status=503, times=99)) as server:
+        report = check(tmp_path, recipe(server, base="acme/base"))
+        asked = len(server.seen)
+    assert report.exit_code == 75
+    assert "answered 503" in messages(report)
+    assert asked == 1
+
+
+def _access(variables: Any) -> Any:
+    from quantize.hub.client import Access
+
+    return Access(variables["HF_ENDPOINT"], None, retry_seconds=())
+
+
+# Environments and the server
+
+
+def installed(tmp_path: Path, name: str, *packages: str) -> Environments:
+    """An environment of nothing but a link to this interpreter and empty packages."""
+    environments = Environments("cpu", tmp_path / "cache")
+    folder = environments.folder(name)
+    (folder / "bin").mkdir(parents=True)
+    script = folder / "bin" / "python"
+    paths = [str(folder / "packages" / package) for package in packages]
+    for path in paths:
+        Path(path).mkdir(parents=True)
+        Path(path, "__init__.py").touch()
+    import sys
+
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}/packages" exec {sys.executable} -S "$@"\n')
+    script.chmod(0o755)
+    (folder / "complete.json").write_text("{}")
+    return environments
+
+
+def test_an_environment_that_lost_a_package(tmp_path: Path) -> None:
+    sound = installed(tmp_path, "llmcompressor", "torch", "llmcompressor", "peft")
+    assert check_environments(sound, ["llmcompressor"]).findings == []
+    shutil.rmtree(sound.folder("llmcompressor") / "packages" / "peft")
+    (finding,) = check_environments(sound, ["llmcompressor", "llmcompressor"]).findings
+    assert "environment llmcompressor does not work: no package peft" in finding.message
+    assert f"remove {sound.folder('llmcompressor')}" in finding.hint
+    assert finding.error is ResourceError
+
+
+def test_the_users_interpreter(tmp_path: Path) -> None:
+    own = Environments("cpu", tmp_path, {"vllm": tmp_path / "no" / "python"})
+    (finding,) = check_environments(own, ["vllm"]).findings
+    assert "environments.vllm.python" in finding.message
+
+
+def test_without_uv_nothing_can_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> str:
+        raise FileNotFoundError("no uv")
+
+    monkeypatch.setattr(environment_checks, "uv", gone)
+    told = check_environments(Environments("cpu", tmp_path), ["lmeval"])
+    assert "uv, which installs the environments, is not there" in told.findings[0].message
+    assert "about 1 GB" in told.notes[0]
+
+
+def test_a_loopback_that_may_not_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_loopback().findings == []
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr("socket.socket.bind", refuse)
+    assert "no server can listen on 127.0.0.1" in check_loopback().findings[0].message
+
+
+def test_an_architecture_that_vllm_does_not_have(tmp_path: Path) -> None:
+    environments = installed(tmp_path, "vllm", "torch", "vllm")
+    assert check_server(environments, "LlamaForCausalLM") == []  # no table: nothing is said
+    models = environments.folder("vllm") / "lib/python3.11/site-packages/vllm/model_executor/models"
+    models.mkdir(parents=True)
+    (models / "registry.py").write_text(
+        '_MODELS = {\n    "LlamaForCausalLM": ("llama", "LlamaForCausalLM"),\n}\n'
+    )
+    assert check_server(environments, "LlamaForCausalLM") == []
+    assert "no OwnForCausalLM of its own" in check_server(environments, "OwnForCausalLM")[0]
+
+
+def test_an_unforeseen_error_is_not_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "model")
+    recipe = write_recipe(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("quantize.checklist.check_tokenizer", broken)
+    with pytest.raises(ZeroDivisionError):
+        check(tmp_path, recipe)
+
+    def foreseen(*_: object) -> None:
+        raise SourceError("foreseen", "do this")
+
+    monkeypatch.setattr("quantize.checklist.check_tokenizer", foreseen)
+    report = check(tmp_path, recipe)
+    assert messages(report) == "foreseen → do this"
+    assert checking.INPUTS == "inputs"
