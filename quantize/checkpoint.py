@@ -22,7 +22,9 @@ from quantize.model_files import (
     checkpoint_files,
     read_json_object,
     read_weights,
+    unsound_files,
 )
+from quantize.printable import shortened
 from quantize.store import Artifact
 from quantize.tensors import TensorInfo, is_lfs_pointer
 
@@ -40,6 +42,17 @@ __all__ = [
 CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py")
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|\w+_embed|wte|wpe|\w*embeddings?)\.weight$")
 LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
+
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+PACKED = (
+    *(".qweight", ".qzeros", ".g_idx"),  # GPTQ, AWQ
+    *(".absmax", ".quant_map", ".SCB", ".quant_state.bitsandbytes__nf4"),  # bitsandbytes
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point"),  # FP8, INT
+    *("_proj_blocks", "_proj_scales"),  # MXFP4, as gpt-oss has it
+)
+"""Ends of the names of tensors that only quantized checkpoints have."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,12 @@ def examine(
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         return None, [Finding(f"the checkpoint folder {folder} {what}", "correct model.source")]
+    unsound = unsound_files(folder)
+    if unsound:
+        return None, unsound  # nothing is opened before they are gone
     files = checkpoint_files(folder)
-    pointers = [name for name in files if is_lfs_pointer(folder / name)]
-    findings = [
+    pointers, findings = _lfs_pointers(folder, files)
+    findings += [
         Finding(
             f"{name} is a git-lfs pointer, not the file itself", f"run git lfs pull in {folder}"
         )
@@ -159,6 +175,18 @@ def examine(
     return Checkpoint(folder, config, tensors, tuple(files), index), []
 
 
+def _lfs_pointers(folder: Path, files: Sequence[str]) -> tuple[list[str], list[Finding]]:
+    """Names of the files that git-lfs did not bring, and of those that cannot be opened."""
+    pointers, findings = [], []
+    for name in files:
+        try:
+            if is_lfs_pointer(folder / name):
+                pointers.append(name)
+        except SourceError as error:
+            findings.append(Finding.of(error))
+    return pointers, findings
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, which must name an architecture."""
     path = folder / "config.json"
@@ -172,7 +200,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         case [str(), *_]:
             return config
     raise SourceError(
-        f"{path} names no architecture (architectures: {config.get('architectures')!r})",
+        f"{path} names no architecture (architectures: "
+        f"{shortened(repr(config.get('architectures')))})",
         'add it, e.g. "architectures": ["LlamaForCausalLM"]',
     )
 
@@ -217,20 +246,16 @@ def _quantized_findings(
     folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]
 ) -> list[Finding]:
     """Signs that the weights are not the BF16, FP16 or FP32 ones."""
-    signs = []
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        signs.append(f"quantization_config in config.json{f': {method}' if method else ''}")
-    for name in ("quantize_config.json", "hf_quant_config.json"):
-        if (folder / name).is_file():
-            signs.append(name)
+    signs = [f"{key} in config.json{_method(value)}" for key, value in _quantization_blocks(config)]
+    signs += [name for name in QUANTIZATION_FILES if (folder / name).is_file()]
+    packed = sorted(name for name in tensors if name.endswith(PACKED))
+    signs += [_first_of([shortened(packed[0])], packed)] if packed else []
     odd = sorted(
-        f"{info.name} is {info.dtype}"
+        f"{shortened(info.name)} is {info.dtype}"
         for info in tensors.values()
         if len(info.shape) >= 2 and info.dtype not in ("BF16", "F16", "F32")
     )
-    signs += [odd[0] + (f", and {len(odd) - 1} more tensors" if odd[1:] else "")] if odd else []
+    signs += [_first_of(odd, odd)] if odd else []
     if not signs:
         return []
     return [
@@ -239,3 +264,22 @@ def _quantized_findings(
             "start from the BF16 or FP16 checkpoint that it was made from",
         )
     ]
+
+
+def _first_of(shown: Sequence[str], names: Sequence[str]) -> str:
+    return shown[0] + (f", and {len(names) - 1} more tensors" if names[1:] else "")
+
+
+def _quantization_blocks(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """`quantization_config` and its like, also of the language model inside a multimodal one."""
+    nested = config.get("text_config")
+    found = [(key, config[key]) for key in QUANTIZATION_KEYS if config.get(key) is not None]
+    if isinstance(nested, dict):
+        inside = [key for key in QUANTIZATION_KEYS if nested.get(key) is not None]
+        found += [(f"text_config.{key}", nested[key]) for key in inside]
+    return found
+
+
+def _method(block: Any) -> str:
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    return f": {shortened(str(method))}" if method else ""
