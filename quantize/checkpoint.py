@@ -27,6 +27,7 @@ from quantize.model_files import (
 from quantize.printable import shortened
 from quantize.store import Artifact
 from quantize.tensors import TensorInfo, is_lfs_pointer
+from quantize.untrusted import read_text, unreadable
 
 __all__ = [
     "CHECKPOINT_FILES",
@@ -38,6 +39,13 @@ __all__ = [
     "model_folder",
     "read_checkpoint",
 ]
+
+JSON_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "tekken.json", "chat_template.json", "generation_config.json"),
+    "preprocessor_config.json",
+)
+"""Beside `config.json` and the index, which are read for what they say."""
 
 CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py")
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|\w+_embed|wte|wpe|\w*embeddings?)\.weight$")
@@ -143,8 +151,12 @@ def examine(
 
     `allow_quantized` is for our own artifacts, which are read with the same care.
     """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        return None, [Finding.of(unreadable(folder, error))]
+    if not is_folder:
+        what = "is not a folder" if exists else "does not exist"
         return None, [Finding(f"the checkpoint folder {folder} {what}", "correct model.source")]
     unsound = unsound_files(folder)
     if unsound:
@@ -165,6 +177,7 @@ def examine(
         except SourceError as error:
             findings.append(Finding.of(error))
     findings += _code_findings(folder, files, pointers)
+    findings += _small_file_findings(folder, [name for name in files if name not in pointers])
     findings += _tokenizer_findings(folder, files)
     tensors, index, weight_findings = read_weights(folder, files)
     findings += weight_findings
@@ -214,11 +227,10 @@ def _code_findings(folder: Path, files: Sequence[str], pointers: Sequence[str]) 
         if name not in files or name in pointers:
             continue
         try:
-            if "auto_map" in read_json_object(folder / name):
-                code.append(f"auto_map in {name}")
-        except SourceError as error:
-            if name != "config.json":  # that one is reported where it is read
-                findings.append(Finding.of(error))
+            keys = read_json_object(folder / name)
+        except SourceError:
+            continue  # reported where it is read
+        code += [f"{key} in {name}" for key in ("auto_map", "custom_pipelines") if key in keys]
     if code:
         findings.append(
             Finding(
@@ -226,6 +238,22 @@ def _code_findings(folder: Path, files: Sequence[str], pointers: Sequence[str]) 
                 "use an architecture that transformers has, and remove auto_map and the code",
             )
         )
+    return findings
+
+
+def _small_file_findings(folder: Path, files: Sequence[str]) -> list[Finding]:
+    """JSON that is none, text that is no UTF-8: tools would say so after hours, or crash."""
+    findings = []
+    for name in files:
+        try:
+            if name in JSON_FILES:
+                read_json_object(folder / name)
+            elif name.endswith((".jinja", ".txt")):
+                read_text(folder / name)
+            elif name == "README.md":
+                card_metadata(folder)
+        except SourceError as error:
+            findings.append(Finding.of(error))
     return findings
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from quantize.errors import ResourceError, UsageError
 from quantize.keys import digest
-from quantize.process import Process
+from quantize.process import Process, index_variables
 from quantize.progress import Progress
 from quantize.protocol import write_json
 
@@ -219,7 +219,7 @@ class Environments:
                 variables["UV_FIND_LINKS"] = os.environ.get("UV_FIND_LINKS", places)
             elif "UV_FIND_LINKS" not in os.environ:
                 command += ["--torch-backend", "cpu"]
-        with Process(command, log=log, env=variables) as process:
+        with Process(command, log=log, env=index_variables() | variables) as process:
 
             def tick() -> None:
                 done = sum(1 for _ in staging.glob("lib/*/site-packages/*.dist-info"))

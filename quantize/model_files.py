@@ -212,6 +212,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _is_plain_name(name: str) -> bool:
     """A file's own name: no path, nothing that a file system would refuse or read differently."""
+    if name in ("", ".", ".."):
+        return False
     return name.isprintable() and Path(name).name == name and "\\" not in name and len(name) < 256
 
 

@@ -170,7 +170,7 @@ class Session:
         if as_json:
             import json
 
-            write(json.dumps(result, indent=1, ensure_ascii=False))
+            write(json.dumps(result, indent=1))
         else:
             self._show(outcome, where, result, write)
 

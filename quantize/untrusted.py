@@ -87,7 +87,7 @@ def what_it_is(head: bytes) -> str | None:
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading; SourceError for all else, without waiting for it."""
     try:
-        _require_regular(path, os.stat(path).st_mode)
+        _require_regular(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error

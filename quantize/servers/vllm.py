@@ -58,6 +58,7 @@ def command(launch: Launch) -> list[str]:
     arguments = [str(launch.python), "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", str(launch.model), "--served-model-name", launch.served_name]
     arguments += ["--host", "127.0.0.1", "--port", str(launch.port)]
+    arguments += ["--load-format", "safetensors"]  # never a pickle; no code, which is the default
     # The baseline of every comparison is BF16, whatever the checkpoint says.
     arguments += ["--dtype", "bfloat16", "--max-logprobs", str(launch.max_logprobs)]
     arguments += ["--max-num-seqs", str(serve.max_num_seqs)]

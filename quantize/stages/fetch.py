@@ -53,6 +53,7 @@ from quantize.protocol import write_json
 from quantize.source_checks import check_checkpoint
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, FileEntry
+from quantize.weights import hash_and_look
 
 VERSION = 2
 TERMS = (
@@ -124,14 +125,14 @@ def run(context: StageContext) -> None:
         repo, _, commit = context.resolved.digests[name].rpartition("@")
         source = {"kind": "hub", "folder": "model", "repo": repo, "commit": commit}
     raise_findings(examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe))
-    entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
+    entries = hash_checkpoint(folder, context.runner.progress.step)
     _unchanged(context, name, folder, entries)
     if context.recipe.model.merges and not is_base:
         card = card_metadata(folder)
         source |= {"kind": "merged", "folder": "model", **_merge(context, folder)}
         folder = context.files / "model"
         raise_findings(check_checkpoint(folder, context.recipe))
-        entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
+        entries = hash_checkpoint(folder, context.runner.progress.step)
     else:
         card = card_metadata(folder)
         if source["kind"] == "hub":
@@ -162,6 +163,40 @@ def hash_files(
         report("hashing the checkpoint", done / 1e9, total / 1e9, "GB")
         entries.append(FileEntry(name, size, file_sha256(folder / name)))
         done += size
+    return entries
+
+
+def hash_checkpoint(
+    folder: Path, report: Callable[[str, float, float, str], None]
+) -> list[FileEntry]:
+    """:func:`hash_files` of a checkpoint whose weights are all finite; else a SourceError.
+
+    The tensors are looked at as their bytes go by: a NaN would otherwise be found after hours, as
+    garbage out of a server.
+    """
+    names = checkpoint_files(folder)
+    total, done, entries = sum((folder / name).stat().st_size for name in names), 0, []
+    faults: list[str] = []
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        report("reading the checkpoint", done / 1e9, total / 1e9, "GB")
+
+    for name in names:
+        path = folder / name
+        if not name.endswith(".safetensors"):
+            entries += hash_files(folder, [name], lambda *_: None)
+            continue
+        sha256, bad = hash_and_look(path, tell)
+        entries.append(FileEntry(name, path.stat().st_size, sha256))
+        faults += [f"{name}: {fault}" for fault in bad]
+    if faults:
+        more = f"; and {len(faults) - 3} more tensors" if faults[3:] else ""
+        raise SourceError(
+            f"the weights in {folder} are not all numbers: {'; '.join(faults[:3])}{more}",
+            "take a checkpoint from before the training diverged, or download the file again",
+        )
     return entries
 
 

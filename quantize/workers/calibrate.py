@@ -42,7 +42,9 @@ class _Drawn:
 def run(request: Request, events: Events) -> dict[str, Any]:
     """Read, draw, tokenize, cut; write `tokens.npz`, `rows.jsonl` and `calibrate.json`."""
     body = request.body
-    tokenizer = AutoTokenizer.from_pretrained(body["model"], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        body["model"], local_files_only=True, trust_remote_code=False
+    )
     rows = _rows(body)
     if not rows:
         raise WorkerError("SourceError", f"{body['source']} has no rows", "give it some data")

@@ -33,6 +33,8 @@ from quantize.workers import merge_check
 
 SHARD_SIZE = "5GB"
 WEIGHTS = "adapter_model.safetensors"
+LOCAL = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+"""No download, no Python of the checkpoint's, no pickle, whatever the libraries' defaults are."""
 
 
 def run(request: Request, events: Events) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     adapter, output = Path(body["adapter"]), Path(body["output"])
     config = _config(adapter)
     events.progress("loading the base", 0, 1)
-    base = AutoModelForCausalLM.from_pretrained(body["base"], dtype="auto", local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(body["base"], dtype="auto", **LOCAL)
     known = base.get_input_embeddings().num_embeddings
     rows = _resize(base, adapter)
     _check_tokenizer(Path(body["tokenizer"]), rows)
@@ -107,7 +109,9 @@ def _ends(base: nn.Module) -> set[str]:
 
 def _check_tokenizer(folder: Path, embeddings: int) -> None:
     """Every token must have a row in the embedding."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     extra = sorted(token for token, number in tokenizer.get_vocab().items() if number >= embeddings)
     if extra:
         named = ", ".join(extra[:3]) + (", ..." if extra[3:] else "")
@@ -196,9 +200,7 @@ def _merge(model: PeftModel, events: Events) -> int:
 
 
 def _reload(folder: Path) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, local_files_only=True
-    )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **LOCAL)
     return model.eval()
 
 

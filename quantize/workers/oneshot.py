@@ -48,7 +48,11 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         _without_pinned_memory()
     events.progress("loading the checkpoint", 0, 1)
     model = AutoModelForCausalLM.from_pretrained(
-        body["model"], dtype=torch.bfloat16, local_files_only=True
+        body["model"],
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     arguments: dict[str, Any] = {"model": model, "recipe": modifiers(body, model)}
     if body["tokens"]:
