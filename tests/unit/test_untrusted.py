@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,18 +83,25 @@ def test_links_inside_the_folder_and_hard_links(tmp_path: Path) -> None:
     assert examine(folder)[1] == []
 
 
-def test_what_one_may_not_read(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may look into; pytest's own are for the user alone."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_what_one_may_not_read(open_folder: Path) -> None:
     """As nobody: for root there is no such file."""
-    folder = write_checkpoint(tmp_path / "a")
+    folder = write_checkpoint(open_folder / "a")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / name).chmod(0)
     code = (
         "import os, sys; from pathlib import Path; from quantize.checkpoint import examine; "
-        "b''.decode('utf-8-sig'); os.setuid(65534) if os.getuid() == 0 else None; "
+        "b'a'.decode('utf-8-sig'); os.setuid(65534) if os.getuid() == 0 else None; "
         "print(*(f.message for f in examine(Path(sys.argv[1]))[1]), sep='\\n')"
     )
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False
     )
