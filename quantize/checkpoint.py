@@ -16,7 +16,6 @@ from quantize.errors import SourceError
 from quantize.findings import Finding, raise_findings
 from quantize.model_files import (
     CHECKPOINT_FILES,
-    any_match,
     card_metadata,
     chat_template,
     checkpoint_files,
@@ -25,6 +24,7 @@ from quantize.model_files import (
     unsound_files,
 )
 from quantize.printable import shortened
+from quantize.remote_code import check_code
 from quantize.store import Artifact
 from quantize.tensors import TensorInfo, is_lfs_pointer
 from quantize.untrusted import read_text, unreadable
@@ -47,7 +47,6 @@ JSON_FILES = (
 )
 """Beside `config.json` and the index, which are read for what they say."""
 
-CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py")
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|\w+_embed|wte|wpe|\w*embeddings?)\.weight$")
 LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
 
@@ -135,9 +134,11 @@ def model_folder(artifact: Artifact) -> Path:
     return artifact.path / "model"
 
 
-def read_checkpoint(folder: Path, *, allow_quantized: bool = False) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, *, allow_quantized: bool = False, code: str | None = None
+) -> Checkpoint:
     """Read a checkpoint's headers and JSON files; SourceError lists all that is wrong with it."""
-    checkpoint, findings = examine(folder, allow_quantized=allow_quantized)
+    checkpoint, findings = examine(folder, allow_quantized=allow_quantized, code=code)
     if checkpoint is None:
         raise_findings(findings)
         raise AssertionError("no checkpoint and no finding")
@@ -145,11 +146,12 @@ def read_checkpoint(folder: Path, *, allow_quantized: bool = False) -> Checkpoin
 
 
 def examine(
-    folder: Path, *, allow_quantized: bool = False
+    folder: Path, *, allow_quantized: bool = False, code: str | None = None
 ) -> tuple[Checkpoint | None, list[Finding]]:
     """The checkpoint in `folder`, or None and everything that is wrong with it.
 
-    `allow_quantized` is for our own artifacts, which are read with the same care.
+    `allow_quantized` is for our own artifacts, which are read with the same care. `code` is the
+    recipe's pin of the checkpoint's Python, or :data:`quantize.remote_code.LET_IN`.
     """
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
@@ -176,7 +178,7 @@ def examine(
             config = _read_config(folder)
         except SourceError as error:
             findings.append(Finding.of(error))
-    findings += _code_findings(folder, files, pointers)
+    findings += check_code(folder, [name for name in files if name not in pointers], code)
     findings += _small_file_findings(folder, [name for name in files if name not in pointers])
     findings += _tokenizer_findings(folder, files)
     tensors, index, weight_findings = read_weights(folder, files)
@@ -217,28 +219,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         f"{shortened(repr(config.get('architectures')))})",
         'add it, e.g. "architectures": ["LlamaForCausalLM"]',
     )
-
-
-def _code_findings(folder: Path, files: Sequence[str], pointers: Sequence[str]) -> list[Finding]:
-    """Python that a loader would have to run. Other stray .py files are left alone."""
-    findings = []
-    code = [path.name for path in sorted(folder.glob("*.py")) if any_match(path.name, CODE)]
-    for name in ("config.json", "tokenizer_config.json"):
-        if name not in files or name in pointers:
-            continue
-        try:
-            keys = read_json_object(folder / name)
-        except SourceError:
-            continue  # reported where it is read
-        code += [f"{key} in {name}" for key in ("auto_map", "custom_pipelines") if key in keys]
-    if code:
-        findings.append(
-            Finding(
-                f"the checkpoint brings Python code ({', '.join(code)}), which is never run",
-                "use an architecture that transformers has, and remove auto_map and the code",
-            )
-        )
-    return findings
 
 
 def _small_file_findings(folder: Path, files: Sequence[str]) -> list[Finding]:

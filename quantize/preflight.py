@@ -49,7 +49,7 @@ def preflight(
     checkpoint: Checkpoint | None = None
     template: bool | None = None  # unknown before a Hub checkpoint is fetched
     if "model" in paths:
-        checkpoint, findings = examine(paths["model"])
+        checkpoint, findings = examine(paths["model"], code=recipe.model.trust_remote_code)
     if checkpoint is not None:
         findings += check_source(checkpoint, recipe)
         template = checkpoint.has_chat_template

@@ -65,6 +65,8 @@ def command(launch: Launch) -> list[str]:
     arguments += ["--tensor-parallel-size", str(serve.tensor_parallel_size)]
     # Sampling defaults of the checkpoint would make greedy requests differ between tools.
     arguments += ["--generation-config", "vllm"]
+    if launch.trust_remote_code:
+        arguments += ["--trust-remote-code"]
     if launch.tokenizer is not None:
         arguments += ["--tokenizer", str(launch.tokenizer)]
     if launch.adapter is not None:

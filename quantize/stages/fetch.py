@@ -50,6 +50,7 @@ from quantize.model_files import (
     checkpoint_files,
 )
 from quantize.protocol import write_json
+from quantize.remote_code import LET_IN
 from quantize.source_checks import check_checkpoint
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, FileEntry
@@ -88,6 +89,8 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     if entry_id == BASE:
         return {"base": resolved.digests["base"]}
     inputs: dict[str, Any] = {"model": resolved.digests["model"]}
+    if resolved.recipe.model.trust_remote_code is not None:
+        inputs["trust_remote_code"] = resolved.recipe.model.trust_remote_code
     if resolved.recipe.model.merges:
         inputs |= adapter_inputs(resolved)
     return inputs
@@ -117,14 +120,21 @@ def run(context: StageContext) -> None:
     name = _input_name(context.entry.id)
     is_base = name == "base"
     source: dict[str, Any] = {}
+    code = None if is_base else context.recipe.model.trust_remote_code
     if name in context.resolved.paths:
         folder = context.resolved.paths[name].absolute()
         source = {"kind": "folder", "folder": str(folder)}
     else:
-        folder = _download(context, name, context.work / "model", CHECKPOINT_FILES)
         repo, _, commit = context.resolved.digests[name].rpartition("@")
+        patterns: tuple[str, ...] = CHECKPOINT_FILES
+        if code is not None:
+            _require_read(repo, commit, code)
+            code, patterns = LET_IN, (*CHECKPOINT_FILES, "*.py")
+        folder = _download(context, name, context.work / "model", patterns)
         source = {"kind": "hub", "folder": "model", "repo": repo, "commit": commit}
-    raise_findings(examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe))
+    raise_findings(
+        examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe, code)
+    )
     entries = hash_checkpoint(folder, context.runner.progress.step)
     _unchanged(context, name, folder, entries)
     if context.recipe.model.merges and not is_base:
@@ -139,10 +149,18 @@ def run(context: StageContext) -> None:
             # linked, not moved: a kill before the commit must not cost the download
             shutil.copytree(folder, context.files / "model", copy_function=link_or_copy)
             folder = context.files / "model"
-    write_json(
-        context.files / "source.json",
-        source | _facts(read_checkpoint(folder), card) | {"files": [asdict(e) for e in entries]},
-    )
+    source |= _facts(read_checkpoint(folder, code=LET_IN), card)
+    source["files"] = [asdict(entry) for entry in entries]
+    write_json(context.files / "source.json", source)
+
+
+def _require_read(repo: str, commit: str, pin: str) -> None:
+    """A SourceError where the recipe trusts the code of another commit than this."""
+    if pin != commit:
+        raise SourceError(
+            f"model.trust_remote_code names {pin[:12]}..., and {repo} is fetched at {commit}",
+            f"read its code at that commit, and set model.trust_remote_code: {commit}",
+        )
 
 
 def link_or_copy(source: str, target: str) -> None:

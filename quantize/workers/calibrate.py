@@ -43,7 +43,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     """Read, draw, tokenize, cut; write `tokens.npz`, `rows.jsonl` and `calibrate.json`."""
     body = request.body
     tokenizer = AutoTokenizer.from_pretrained(
-        body["model"], local_files_only=True, trust_remote_code=False
+        body["model"], local_files_only=True, trust_remote_code=body.get("trust_remote_code", False)
     )
     rows = _rows(body)
     if not rows:

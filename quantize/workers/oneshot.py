@@ -51,10 +51,12 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         body["model"],
         dtype=torch.bfloat16,
         local_files_only=True,
-        trust_remote_code=False,
+        trust_remote_code=body.get("trust_remote_code", False),
         use_safetensors=True,
     )
     arguments: dict[str, Any] = {"model": model, "recipe": modifiers(body, model)}
+    if body.get("trust_remote_code", False):
+        arguments["trust_remote_code_model"] = True  # it reads the config once more
     if body["tokens"]:
         loader, longest = _loader(Path(body["tokens"]))
         arguments |= {"dataset": loader, "num_calibration_samples": len(loader)}
