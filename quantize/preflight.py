@@ -69,6 +69,8 @@ def preflight(
         findings += check_card_template(paths["card_template"])
     if checkpoint is not None and {"fetch", "compress"} & set(to_run):
         findings += check_resources(checkpoint, recipe, store, to_run)
+    if recipe.publish.folder is not None and "publish" in to_run:
+        findings += check_folder(resolved, store)
     if recipe.publish.hub is not None and "publish" in to_run:
         findings += check_hub_target(resolved, recipe.publish.hub, online=online)
     if recipe.publish.url is not None and "publish" in to_run and online:
@@ -219,6 +221,15 @@ def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Find
     from quantize.publication import recipe_as_published
 
     return check_hub(access, resolved, hub, lambda: recipe_as_published(resolved))
+
+
+def check_folder(resolved: Resolved, store: Path) -> list[Finding]:
+    """Whether `publish.folder` keeps clear of the store and of what the recipe reads."""
+    from quantize.folder_target import folder_findings
+    from quantize.publication import target_folder
+
+    read = [path for name, path in resolved.paths.items() if name in ("model", "adapter", "base")]
+    return folder_findings(target_folder(resolved.recipe), [*read, store])
 
 
 def check_place(url: str) -> list[Finding]:

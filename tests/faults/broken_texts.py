@@ -12,6 +12,7 @@ from tests.faults.place import (
     CONTENTS,
     Case,
     Place,
+    Spoil,
     with_adapter,
     written,
     zip_,
@@ -144,6 +145,24 @@ YAML: dict[str, tuple[bytes | str, str]] = {
     "zip": (zip_(), "recipe.yaml"),
     "json": ('{"version": 1, "name": "a"}', "this key is required"),
 }
+
+
+def _published(folder: str) -> Spoil:
+    def spoil(place: Place) -> None:
+        text = f"publish:\n  folder: {place.folder / folder}\nenvironments:"
+        place.recipe("environments:", text)
+
+    return spoil
+
+
+def folders() -> Iterator[Case]:
+    """Places to publish to that are in use."""
+    for kind, folder in {"source": "model", "in-source": "model/out", "around": "."}.items():
+        yield Case(f"publish-{kind}", _published(folder), "publish.folder", 2)
+    yield Case("publish-store", _published("../store/out"), "publish.folder", 2)
+    yield Case("publish-link", lambda p: (
+        (p.folder / "link").symlink_to("model"), _published("link/out")(p)),
+        "overlaps", 2)  # fmt: skip
 
 
 def recipes() -> Iterator[Case]:

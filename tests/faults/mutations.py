@@ -27,6 +27,7 @@ def cases() -> list[Case]:
         *broken_texts.recipes(),
         *broken_texts.suites(),
         *broken_texts.names(),
+        *broken_texts.folders(),
     ]
     names = [case.name for case in made]
     assert len(set(names)) == len(names), {name for name in names if names.count(name) > 1}
