@@ -17,7 +17,9 @@ import pytest
 from rich.console import Console
 
 from quantize.checkpoint import examine
+from quantize.cli import fail
 from quantize.errors import SourceError
+from quantize.model_files import unsound_files
 from quantize.plan import Plan, StageEntry
 from quantize.printable import printable, shortened
 from quantize.progress import BarView, LineView, Progress
@@ -25,7 +27,7 @@ from quantize.protocol import Events, write_json
 from quantize.report.tables import plan_table, render
 from quantize.stages.fetch import hash_checkpoint
 from quantize.tensors import read_header
-from quantize.untrusted import foreign_link, open_regular
+from quantize.untrusted import JSON_LIMIT_BYTES, foreign_link, open_regular, read_bytes
 from quantize.weights import hash_and_look
 from tests.unit.checkpoints import (
     bf16,
@@ -205,3 +207,26 @@ def test_half_a_character_can_be_written_and_read_again(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == value
     Events(tmp_path / "events.jsonl").note(HOSTILE)
     assert json.loads((tmp_path / "events.jsonl").read_text())["text"] == HOSTILE
+
+
+def test_what_ends_a_command_cannot_write_to_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        fail(SourceError(HOSTILE, HOSTILE))
+    said = capsys.readouterr().err
+    assert said.count("[red]x[/]") == 2
+    assert not set(said) & set("\x1b\x9b\u202e\ud800")
+
+
+def test_limits(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+    assert read_bytes(path, 8) == b'{"a": 1}'
+    with pytest.raises(SourceError, match="larger than 7 bytes"):
+        read_bytes(path, 7)
+    folder = write_checkpoint(tmp_path / "model")
+    assert unsound_files(folder) == []
+    with open(folder / "tokenizer.json", "r+b") as file:
+        file.truncate(JSON_LIMIT_BYTES + 1)
+    assert "far more than such a file has" in unsound_files(folder)[0].message
