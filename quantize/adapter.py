@@ -10,7 +10,8 @@ from typing import Any
 
 from quantize.errors import SourceError
 from quantize.findings import Finding
-from quantize.model_files import read_json_object
+from quantize.model_files import TOKENIZER_FILES, read_json_object, unsound_files
+from quantize.printable import shortened
 from quantize.store import Artifact
 from quantize.tensors import TensorInfo, read_header
 
@@ -76,6 +77,9 @@ def bare(module: str) -> str:
 
 def read_adapter(folder: Path) -> tuple[Adapter | None, list[Finding]]:
     """The adapter in `folder`, or None and everything that keeps it from being read."""
+    unsound = unsound_files(folder, (CONFIG, WEIGHTS, *TOKENIZER_FILES, "generation_config.json"))
+    if unsound:
+        return None, unsound
     if not (folder / CONFIG).is_file():
         return None, [_no_config(folder)]
     findings: list[Finding] = []
@@ -103,7 +107,7 @@ def read_adapter(folder: Path) -> tuple[Adapter | None, list[Finding]]:
     if config and kind != "LORA":
         findings.append(
             Finding(
-                f"the adapter in {folder} is of type {kind}, not LORA",
+                f"the adapter in {folder} is of type {shortened(str(kind))}, not LORA",
                 "merge it with the tool that trained it, and name the result in model.source",
             )
         )
@@ -141,12 +145,30 @@ def _no_config(folder: Path) -> Finding:
 
 
 def _bad_ranks(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    patterns = config.get("rank_pattern") or {}
+    if not isinstance(patterns, dict):
+        return [Finding(f"{folder / CONFIG}: rank_pattern is no mapping", "correct rank_pattern")]
+    unclear = [pattern for pattern in patterns if not _compiles(pattern)]
+    if unclear:
+        what = shortened(unclear[0])
+        message = f"{folder / CONFIG}: rank_pattern has {what!r}, which is no pattern"
+        return [Finding(message, "correct rank_pattern")]
+    ranks = [config.get("r"), *patterns.values()]
     bad = [rank for rank in ranks if type(rank) is not int or rank < 1]
     if not bad:
         return []
-    message = f"{folder / CONFIG} gives a rank of {bad[0]!r}, not a whole number above 0"
+    message = (
+        f"{folder / CONFIG} gives a rank of {shortened(repr(bad[0]))}, not a whole number above 0"
+    )
     return [Finding(message, "correct r and rank_pattern")]
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _grouped(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from quantize import preflight as parts
 from quantize.adapter_checks import check_adapter
+from quantize.calibration_checks import check_calibration, has_messages
 from quantize.checkpoint import Checkpoint, examine
 from quantize.engine.support import why_not
 from quantize.environment_checks import check_environments, check_loopback, check_server
@@ -116,8 +117,10 @@ def on_files(now: Situation) -> Told:
     """config.json, safetensors headers, index, tokenizer files; no code, nothing quantized."""
     if now.folder is None or ("model" not in now.resolved.paths and not any(now.folder.iterdir())):
         return Told(unchecked="the checkpoint cannot be read before it is fetched")
-    now.checkpoint, findings = examine(now.folder)
-    if now.checkpoint is None:
+    now.checkpoint, findings = examine(now.folder, code=now.resolved.recipe.model.trust_remote_code)
+    if "base" in now.resolved.paths:
+        findings += examine(now.resolved.paths["base"])[1]
+    if now.checkpoint is None or findings:
         return Told(findings)
     return Told(notes=notes_on_dtypes(now.checkpoint))
 
@@ -160,7 +163,7 @@ def on_template(now: Situation, checkpoint: Checkpoint) -> Told:
     findings = check_chat_template(checkpoint)
     calibration = now.resolved.paths.get("calibration")
     needed = now.resolved.suite is not None or (
-        calibration is not None and parts.has_messages(calibration)
+        calibration is not None and has_messages(calibration)
     )
     if needed:
         return Told(findings)
@@ -219,7 +222,14 @@ def on_calibration(now: Situation) -> Told:
     template = now.checkpoint.has_chat_template if now.checkpoint is not None else None
     if "adapter" in now.resolved.paths or now.resolved.recipe.model.adapter is not None:
         template = None if template is False else template  # the adapter may bring one
-    return Told(parts.check_calibration(path, has_chat_template=template))
+    return Told(check_calibration(path, has_chat_template=template))
+
+
+def on_texts(now: Situation) -> Told:
+    """The held-out texts that perplexity is taken on."""
+    if "measure" not in now.to_run or not {"text", "own_text"} & set(now.resolved.paths):
+        return Told(skipped="no local text is measured")
+    return Told(parts.check_texts(now.resolved))
 
 
 def on_card(now: Situation) -> Told:
@@ -253,6 +263,13 @@ def on_server(now: Situation) -> Told:
     if now.checkpoint is not None and now.environments is not None:
         told.notes += check_server(now.environments, now.checkpoint.architecture)
     return told
+
+
+def on_folder_target(now: Situation) -> Told:
+    """It keeps clear of the store and of what the recipe reads."""
+    if now.resolved.recipe.publish.folder is None or "publish" not in now.to_run:
+        return Told(skipped="nothing is published to a folder")
+    return Told(parts.check_folder(now.resolved, now.store))
 
 
 def on_hub_target(now: Situation) -> Told:
@@ -295,10 +312,12 @@ CHECKS: tuple[Check, ...] = (
     Check("lengths", _with_checkpoint(on_lengths)),
     Check("adapter", on_adapter),
     Check("calibration data", on_calibration),
+    Check("held-out texts", on_texts),
     Check("card template", on_card),
     Check("disk and memory", _with_checkpoint(on_resources)),
     Check("environments", on_environments),
     Check("server", on_server),
+    Check("folder target", on_folder_target),
     Check("Hub target", on_hub_target),
     Check("URL target", on_url_target),
     Check("signature", on_signature),

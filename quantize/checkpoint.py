@@ -16,16 +16,18 @@ from quantize.errors import SourceError
 from quantize.findings import Finding, raise_findings
 from quantize.model_files import (
     CHECKPOINT_FILES,
-    CODE,
-    any_match,
     card_metadata,
     chat_template,
     checkpoint_files,
     read_json_object,
     read_weights,
+    unsound_files,
 )
+from quantize.printable import shortened
+from quantize.remote_code import check_code
 from quantize.store import Artifact
 from quantize.tensors import TensorInfo, is_lfs_pointer
+from quantize.untrusted import read_text, unreadable
 
 __all__ = [
     "CHECKPOINT_FILES",
@@ -38,8 +40,26 @@ __all__ = [
     "read_checkpoint",
 ]
 
+JSON_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "tekken.json", "chat_template.json", "generation_config.json"),
+    "preprocessor_config.json",
+)
+"""Beside `config.json` and the index, which are read for what they say."""
+
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|\w+_embed|wte|wpe|\w*embeddings?)\.weight$")
 LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
+
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+PACKED = (
+    *(".qweight", ".qzeros", ".g_idx"),  # GPTQ, AWQ
+    *(".absmax", ".quant_map", ".SCB", ".quant_state.bitsandbytes__nf4"),  # bitsandbytes
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point"),  # FP8, INT
+    *("_proj_blocks", "_proj_scales"),  # MXFP4, as gpt-oss has it
+)
+"""Ends of the names of tensors that only quantized checkpoints have."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +134,11 @@ def model_folder(artifact: Artifact) -> Path:
     return artifact.path / "model"
 
 
-def read_checkpoint(folder: Path, *, allow_quantized: bool = False) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, *, allow_quantized: bool = False, code: str | None = None
+) -> Checkpoint:
     """Read a checkpoint's headers and JSON files; SourceError lists all that is wrong with it."""
-    checkpoint, findings = examine(folder, allow_quantized=allow_quantized)
+    checkpoint, findings = examine(folder, allow_quantized=allow_quantized, code=code)
     if checkpoint is None:
         raise_findings(findings)
         raise AssertionError("no checkpoint and no finding")
@@ -124,18 +146,26 @@ def read_checkpoint(folder: Path, *, allow_quantized: bool = False) -> Checkpoin
 
 
 def examine(
-    folder: Path, *, allow_quantized: bool = False
+    folder: Path, *, allow_quantized: bool = False, code: str | None = None
 ) -> tuple[Checkpoint | None, list[Finding]]:
     """The checkpoint in `folder`, or None and everything that is wrong with it.
 
-    `allow_quantized` is for our own artifacts, which are read with the same care.
+    `allow_quantized` is for our own artifacts, which are read with the same care. `code` is the
+    recipe's pin of the checkpoint's Python, or :data:`quantize.remote_code.LET_IN`.
     """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        return None, [Finding.of(unreadable(folder, error))]
+    if not is_folder:
+        what = "is not a folder" if exists else "does not exist"
         return None, [Finding(f"the checkpoint folder {folder} {what}", "correct model.source")]
+    unsound = unsound_files(folder)
+    if unsound:
+        return None, unsound  # nothing is opened before they are gone
     files = checkpoint_files(folder)
-    pointers = [name for name in files if is_lfs_pointer(folder / name)]
-    findings = [
+    pointers, findings = _lfs_pointers(folder, files)
+    findings += [
         Finding(
             f"{name} is a git-lfs pointer, not the file itself", f"run git lfs pull in {folder}"
         )
@@ -148,7 +178,8 @@ def examine(
             config = _read_config(folder)
         except SourceError as error:
             findings.append(Finding.of(error))
-    findings += _code_findings(folder, files, pointers)
+    findings += check_code(folder, [name for name in files if name not in pointers], code)
+    findings += _small_file_findings(folder, [name for name in files if name not in pointers])
     findings += _tokenizer_findings(folder, files)
     tensors, index, weight_findings = read_weights(folder, files)
     findings += weight_findings
@@ -157,6 +188,18 @@ def examine(
     if findings:
         return None, findings
     return Checkpoint(folder, config, tensors, tuple(files), index), []
+
+
+def _lfs_pointers(folder: Path, files: Sequence[str]) -> tuple[list[str], list[Finding]]:
+    """Names of the files that git-lfs did not bring, and of those that cannot be opened."""
+    pointers, findings = [], []
+    for name in files:
+        try:
+            if is_lfs_pointer(folder / name):
+                pointers.append(name)
+        except SourceError as error:
+            findings.append(Finding.of(error))
+    return pointers, findings
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -172,31 +215,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
         case [str(), *_]:
             return config
     raise SourceError(
-        f"{path} names no architecture (architectures: {config.get('architectures')!r})",
+        f"{path} names no architecture (architectures: "
+        f"{shortened(repr(config.get('architectures')))})",
         'add it, e.g. "architectures": ["LlamaForCausalLM"]',
     )
 
 
-def _code_findings(folder: Path, files: Sequence[str], pointers: Sequence[str]) -> list[Finding]:
-    """Python that a loader would have to run. Other stray .py files are left alone."""
+def _small_file_findings(folder: Path, files: Sequence[str]) -> list[Finding]:
+    """JSON that is none, text that is no UTF-8: tools would say so after hours, or crash."""
     findings = []
-    code = [path.name for path in sorted(folder.glob("*.py")) if any_match(path.name, CODE)]
-    for name in ("config.json", "tokenizer_config.json"):
-        if name not in files or name in pointers:
-            continue
+    for name in files:
         try:
-            if "auto_map" in read_json_object(folder / name):
-                code.append(f"auto_map in {name}")
+            if name in JSON_FILES:
+                read_json_object(folder / name)
+            elif name.endswith((".jinja", ".txt")):
+                read_text(folder / name)
+            elif name == "README.md":
+                card_metadata(folder)
         except SourceError as error:
-            if name != "config.json":  # that one is reported where it is read
-                findings.append(Finding.of(error))
-    if code:
-        findings.append(
-            Finding(
-                f"the checkpoint brings Python code ({', '.join(code)}), which is never run",
-                "use an architecture that transformers has, and remove auto_map and the code",
-            )
-        )
+            findings.append(Finding.of(error))
     return findings
 
 
@@ -217,20 +254,16 @@ def _quantized_findings(
     folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]
 ) -> list[Finding]:
     """Signs that the weights are not the BF16, FP16 or FP32 ones."""
-    signs = []
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        signs.append(f"quantization_config in config.json{f': {method}' if method else ''}")
-    for name in ("quantize_config.json", "hf_quant_config.json"):
-        if (folder / name).is_file():
-            signs.append(name)
+    signs = [f"{key} in config.json{_method(value)}" for key, value in _quantization_blocks(config)]
+    signs += [name for name in QUANTIZATION_FILES if (folder / name).is_file()]
+    packed = sorted(name for name in tensors if name.endswith(PACKED))
+    signs += [_first_of([shortened(packed[0])], packed)] if packed else []
     odd = sorted(
-        f"{info.name} is {info.dtype}"
+        f"{shortened(info.name)} is {info.dtype}"
         for info in tensors.values()
         if len(info.shape) >= 2 and info.dtype not in ("BF16", "F16", "F32")
     )
-    signs += [odd[0] + (f", and {len(odd) - 1} more tensors" if odd[1:] else "")] if odd else []
+    signs += [_first_of(odd, odd)] if odd else []
     if not signs:
         return []
     return [
@@ -239,3 +272,22 @@ def _quantized_findings(
             "start from the BF16 or FP16 checkpoint that it was made from",
         )
     ]
+
+
+def _first_of(shown: Sequence[str], names: Sequence[str]) -> str:
+    return shown[0] + (f", and {len(names) - 1} more tensors" if names[1:] else "")
+
+
+def _quantization_blocks(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """`quantization_config` and its like, also of the language model inside a multimodal one."""
+    nested = config.get("text_config")
+    found = [(key, config[key]) for key in QUANTIZATION_KEYS if config.get(key) is not None]
+    if isinstance(nested, dict):
+        inside = [key for key in QUANTIZATION_KEYS if nested.get(key) is not None]
+        found += [(f"text_config.{key}", nested[key]) for key in inside]
+    return found
+
+
+def _method(block: Any) -> str:
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    return f": {shortened(str(method))}" if method else ""

@@ -15,6 +15,7 @@ import click
 
 from quantize import __version__
 from quantize.errors import Interrupted, QuantizeError, Said, SourceError, UsageError
+from quantize.printable import printable
 from quantize.stop import handle_signals
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -49,10 +50,10 @@ class Group(click.Group):
 def fail(error: Said) -> NoReturn:
     """Print what happened and what to do, and exit."""
     click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    click.echo(error.message, err=True)
+    click.echo(printable(error.message), err=True)
     if error.hint:
         click.secho("next: ", bold=True, nl=False, err=True)
-        click.echo(error.hint, err=True)
+        click.echo(printable(error.hint), err=True)
     sys.exit(error.exit_code)
 
 
@@ -170,7 +171,7 @@ def show_plan(session: Any, as_json: bool) -> None:
         return
     click.echo(render(plan_table(session.plan)), nl=False)
     for note in session.plan.notes:
-        click.echo(f"note: {note}")
+        click.echo(printable(f"note: {note}"))
 
 
 @main.command()

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from quantize.errors import ResourceError, UsageError
 from quantize.keys import digest
 from quantize.liveness import DEFAULT_PATIENCE, guard
-from quantize.process import Process
+from quantize.process import Process, index_variables
 from quantize.progress import Progress
 from quantize.protocol import write_json
 
@@ -220,7 +220,7 @@ class Environments:
                 variables["UV_FIND_LINKS"] = os.environ.get("UV_FIND_LINKS", places)
             elif "UV_FIND_LINKS" not in os.environ:
                 command += ["--torch-backend", "cpu"]
-        with Process(command, log=log, env=variables) as process:
+        with Process(command, log=log, env=index_variables() | variables) as process:
             done = 0
             hung = guard(process, f"installing {environment.name}", DEFAULT_PATIENCE, lambda: done)
 

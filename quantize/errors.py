@@ -58,6 +58,10 @@ class UsageError(QuantizeError):
     exit_code = 2
 
 
+MOST_SHOWN = 50
+"""Mistakes of one file that are listed."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a YAML file: where (1-based line, dotted key path) and what.
@@ -85,7 +89,9 @@ class RecipeError(UsageError):
         self.problems = tuple(sorted(problems, key=lambda p: (p.line, p.path)))
         noun = "mistake" if len(self.problems) == 1 else "mistakes"
         lines = [f"{len(self.problems)} {noun} in {file}"]
-        lines += ["  " + problem.render(file) for problem in self.problems]
+        lines += ["  " + problem.render(file) for problem in self.problems[:MOST_SHOWN]]
+        if self.problems[MOST_SHOWN:]:
+            lines.append(f"  and {len(self.problems) - MOST_SHOWN} more")
         super().__init__("\n".join(lines), "correct the lines above and run the command again")
 
 

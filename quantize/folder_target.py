@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from quantize.disk import FULL, room
-from quantize.errors import ConflictError, ResourceError
+from quantize.errors import ConflictError, ResourceError, UsageError
+from quantize.findings import Finding
 from quantize.listing import LISTING, damage, not_as_made, parse_listing
 from quantize.store import FileEntry, fsync
 
@@ -74,6 +75,19 @@ def publish_folder(
                 "free space or permissions there, or set another publish.folder",
             ) from error
     return Written(changed=True, aside=aside)
+
+
+def folder_findings(target: Path, taken: Iterable[Path]) -> list[Finding]:
+    """A folder to publish to that is, holds or lies inside one that is `taken`."""
+    hint = "set publish.folder to a folder of its own"
+    place = target.resolve()
+    return [
+        Finding(f"publish.folder: {target} overlaps {other}, which is in use", hint, UsageError)
+        for other in taken
+        if place == other.resolve()
+        or place in other.resolve().parents
+        or other.resolve() in place.parents
+    ]
 
 
 def _clean_up(target: Path, new: Path, old: Path) -> None:

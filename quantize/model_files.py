@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quantize.errors import SourceError
 from quantize.findings import Finding
+from quantize.printable import shortened
 from quantize.tensors import TensorInfo, read_header
+from quantize.untrusted import (
+    ARCHIVES,
+    JSON_LIMIT_BYTES,
+    foreign_link,
+    front_matter,
+    read_json_object,
+    read_text,
+    unreadable,
+)
+
+__all__ = [
+    "CHECKPOINT_FILES",
+    "any_match",
+    "card_metadata",
+    "chat_template",
+    "checkpoint_files",
+    "read_json_object",
+    "read_weights",
+    "unsound_files",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,6 +71,9 @@ CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
+FROM_ONE_COMMIT = "download the shards and the index again, from one commit"
+
+
 def any_match(name: str, patterns: Sequence[str]) -> bool:
     """Whether a file name fits one of the shell patterns, case-sensitively."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -60,24 +81,52 @@ def any_match(name: str, patterns: Sequence[str]) -> bool:
 
 def checkpoint_files(folder: Path) -> list[str]:
     """Names of the files in `folder` that belong to the checkpoint, sorted; no subfolders."""
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if any_match(path.name, CHECKPOINT_FILES)
-        and not any_match(path.name, FOREIGN_WEIGHTS)
-        and path.is_file()
-    )
+    return [path.name for path in _named_as_checkpoint(folder) if path.is_file()]
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; SourceError names the file and the line of a mistake."""
+def _named_as_checkpoint(folder: Path) -> list[Path]:
+    """What stands under the names of a checkpoint's files, files or not."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not valid JSON: {error}", "correct or replace it") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} holds a {type(value).__name__}, not a JSON object", "replace it")
-    return value
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return [
+        path
+        for path in found
+        if any_match(path.name, CHECKPOINT_FILES) and not any_match(path.name, FOREIGN_WEIGHTS)
+    ]
+
+
+def unsound_files(folder: Path, patterns: Sequence[str] = CHECKPOINT_FILES) -> list[Finding]:
+    """Links that lead elsewhere, pipes and devices, and small files that are enormous.
+
+    From the folder's own entries alone: no file is opened.
+    """
+    findings = []
+    try:
+        paths = [p for p in sorted(folder.iterdir()) if any_match(p.name, patterns)]
+        for path in paths:
+            target = foreign_link(path)
+            if target is not None:
+                findings.append(_link_finding(path, target))
+            elif not path.is_file():
+                what = "a folder" if path.is_dir() else "no regular file"
+                findings.append(Finding(f"{path} is {what}", "remove it, or put the file there"))
+            elif path.suffix != ".safetensors" and path.stat().st_size > JSON_LIMIT_BYTES:
+                size = path.stat().st_size
+                message = f"{path} has {size} bytes, far more than such a file has"
+                findings.append(Finding(message, "look at what it is, and replace it"))
+    except OSError as error:
+        findings.append(Finding.of(unreadable(folder, error)))
+    return findings
+
+
+def _link_finding(path: Path, target: str) -> Finding:
+    return Finding(
+        f"{path} is a symbolic link to {target}, outside the checkpoint's folder",
+        "links are not followed out of a folder: copy or hard-link the file, or name the folder "
+        "that it is in",
+    )
 
 
 def chat_template(folder: Path) -> str | None:
@@ -87,7 +136,7 @@ def chat_template(folder: Path) -> str | None:
     of several named templates it is the one called `default`.
     """
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
@@ -96,7 +145,7 @@ def chat_template(folder: Path) -> str | None:
             return template
         for entry in template if isinstance(template, list) else ():
             if isinstance(entry, dict) and entry.get("name") == "default":
-                return str(entry["template"])
+                return str(entry.get("template", ""))
     return None
 
 
@@ -114,24 +163,9 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:
-    """The YAML front matter of the folder's README.md; empty without one.
-
-    Every scalar stays a string: YAML would read the language code `no` as false.
-    """
+    """The YAML front matter of the folder's README.md, scalars as text; empty without one."""
     path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
-        return {}
-    text = "\n".join(lines[1 : lines.index("---", 1)])
-    try:
-        value = yaml.load(text, Loader=yaml.BaseLoader)  # builds strings, lists and dicts only
-    except yaml.YAMLError as error:
-        raise SourceError(
-            f"the front matter of {path} is not valid YAML: {error}", "correct or remove it"
-        ) from error
-    return value if isinstance(value, dict) else {}
+    return front_matter(path) if path.is_file() else {}
 
 
 def read_weights(
@@ -185,11 +219,21 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path} has no weight_map", "download it again")
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard:
-            raise SourceError(f"{path} puts {tensor} in {shard!r}, not in a file beside it", "")
+        name = shortened(tensor)
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            message = f"{path} puts {name} in {shortened(repr(shard))}, not in a file beside it"
+            raise SourceError(message, FROM_ONE_COMMIT)
         if not shard.endswith(".safetensors"):
-            raise SourceError(f"{path} puts {tensor} in {shard}, not a safetensors file", "")
+            message = f"{path} puts {name} in {shortened(shard)}, not a safetensors file"
+            raise SourceError(message, FROM_ONE_COMMIT)
     return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    """A file's own name: no path, nothing that a file system would refuse or read differently."""
+    if name in ("", ".", ".."):
+        return False
+    return name.isprintable() and Path(name).name == name and "\\" not in name and len(name) < 256
 
 
 def _index_findings(
@@ -212,7 +256,7 @@ def _index_findings(
     return [
         Finding(
             f"{shard} {verb} {_some(names)}, {why}",
-            "download the shards and the index again, from one commit",
+            FROM_ONE_COMMIT,
         )
         for verb, names, why in faults
         if names
@@ -222,7 +266,7 @@ def _index_findings(
 def _some(names: Sequence[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     noun = "tensor" if len(names) == 1 else "tensors"
-    return f"{noun} {', '.join(names[:limit])}{more}"
+    return f"{noun} {', '.join(map(shortened, names[:limit]))}{more}"
 
 
 def _no_weights(folder: Path, present: Sequence[str]) -> Finding:
@@ -240,10 +284,16 @@ def _no_weights(folder: Path, present: Sequence[str]) -> Finding:
             "convert them where you trust them: AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder), and save the tokenizer beside them",
         )
-    if list(folder.glob("*.gguf")):
+    if list(folder.glob("*.gguf")) + list(folder.glob("*.GGUF")):
         return Finding(
             f"{folder} holds GGUF weights, which are quantized already",
             "start from the safetensors checkpoint they were made from",
+        )
+    archives = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(ARCHIVES))
+    if archives:
+        return Finding(
+            f"{folder} holds archives ({_listed(archives)}), which are not opened",
+            "unpack them yourself, look at what is in them, and name that folder",
         )
     return Finding(f"no weights in {folder}: neither {WEIGHTS} nor {INDEX}", "copy them there")
 

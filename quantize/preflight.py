@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 
 from quantize.checkpoint import LAYER, Checkpoint
 from quantize.engine.support import why_not
-from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
+from quantize.errors import (
+    CredentialsError,
+    QuantizeError,
+    ResourceError,
+    SourceError,
+    TransientError,
+)
 from quantize.findings import Finding
 from quantize.machine import memory_bytes
 from quantize.recipe import Recipe
@@ -27,25 +31,27 @@ ALL = frozenset({"fetch", "adapter", "calibrate", "compress", "measure", "card",
 SLACK_BYTES = 256 << 20
 """Logs, samples and token ids of one run."""
 
-HEAD_BYTES = 1 << 20
-"""How much of a calibration file tells whether it holds conversations."""
 
-SCAN_LIMIT_BYTES = 64 << 20
-"""How much of a calibration file is parsed beforehand; the calibrate stage reads the rest."""
+def check_texts(resolved: Resolved) -> list[Finding]:
+    """Held-out texts that the measurement could not read, hours later."""
+    from quantize.measure.perplexity import read_documents
 
-
-def check_calibration(path: Path, *, has_chat_template: bool | None) -> list[Finding]:
-    """What keeps a local calibration file from being used, with line numbers.
-
-    `has_chat_template` is None where it is not known yet.
-    """
-    if not path.is_file():
-        return [Finding(f"the calibration file {path} does not exist", "correct its path")]
-    if path.suffix == ".parquet":
-        return _check_parquet(path)
-    if path.suffix == ".txt":
-        return _check_text(path)
-    return _check_json_lines(path, has_chat_template)
+    suite, evaluate = resolved.suite, resolved.recipe.evaluate
+    fields = {
+        "text": suite.perplexity.field if suite is not None and suite.perplexity else None,
+        "own_text": evaluate.text.field if evaluate is not None and evaluate.text else None,
+    }
+    findings = []
+    for name, field in fields.items():
+        if field is None or name not in resolved.paths:
+            continue
+        try:
+            if not any(text.strip() for text in read_documents(resolved.paths[name], field)):
+                message = f"the held-out text {resolved.paths[name]} is empty"
+                findings.append(Finding(message, "give it text"))
+        except SourceError as error:
+            findings.append(Finding.of(error))
+    return findings
 
 
 def check_card_template(path: Path) -> list[Finding]:
@@ -167,6 +173,15 @@ def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Find
     return check_hub(access, resolved, hub, lambda: recipe_as_published(resolved))
 
 
+def check_folder(resolved: Resolved, store: Path) -> list[Finding]:
+    """Whether `publish.folder` keeps clear of the store and of what the recipe reads."""
+    from quantize.folder_target import folder_findings
+    from quantize.publication import target_folder
+
+    read = [path for name, path in resolved.paths.items() if name in ("model", "adapter", "base")]
+    return folder_findings(target_folder(resolved.recipe), [*read, store])
+
+
 def check_place(url: str) -> list[Finding]:
     """Whether a URL can be published to: backend, credentials, bucket, and whose files it holds."""
     from quantize.bucket.target import check_url
@@ -178,102 +193,6 @@ def check_place(url: str) -> list[Finding]:
     except QuantizeError as error:
         return [Finding.of(error)]
     return []
-
-
-def _check_json_lines(path: Path, has_chat_template: bool | None) -> list[Finding]:
-    """One JSON object a line, with `messages` or `text`; blank lines do not count."""
-    where: dict[str, int] = {}  # first line of each kind
-    kinds: Counter[str] = Counter()
-    with path.open("rb") as file:
-        read = 0
-        for number, line in enumerate(file, 1):
-            read += len(line)
-            if read > SCAN_LIMIT_BYTES:
-                break
-            if not line.strip():
-                continue
-            try:
-                kind = _kind(json.loads(line.decode("utf-8")))
-            except UnicodeDecodeError:
-                return [Finding(f"{path}:{number}: not UTF-8", "convert the file to UTF-8")]
-            except (ValueError, RecursionError) as error:
-                hint = "each line is one object with `messages` or `text`"
-                return [Finding(f"{path}:{number}: not JSON: {error}", hint)]
-            kinds[kind] += 1
-            where.setdefault(kind, number)
-    if not kinds:
-        return [_empty(path)]
-    findings = []
-    if not kinds["messages"] and not kinds["text"]:
-        findings.append(
-            Finding(
-                f"{path}:{where['neither']}: neither `messages` nor `text`, like every other row",
-                "rename the column, or write the file anew: one object a line",
-            )
-        )
-    if kinds["messages"] and has_chat_template is False:
-        findings.append(
-            Finding(
-                f"{path}:{where['messages']}: {kinds['messages']} rows have `messages`, but the "
-                "checkpoint has no chat template",
-                "add chat_template.jinja to the checkpoint, or give rows with `text`",
-            )
-        )
-    return findings
-
-
-def has_messages(path: Path) -> bool:
-    """Whether one of the first rows of a JSON lines file is a conversation."""
-    if path.suffix in (".parquet", ".txt"):
-        return False
-    with path.open("rb") as file:
-        for line in file.readlines(HEAD_BYTES):
-            with suppress(ValueError, RecursionError):
-                if _kind(json.loads(line.decode("utf-8"))) == "messages":
-                    return True
-    return False
-
-
-def _kind(row: object) -> str:
-    if isinstance(row, dict):
-        messages, text = row.get("messages"), row.get("text")
-        if isinstance(messages, list) and messages:
-            return "messages"
-        if isinstance(text, str) and text.strip():
-            return "text"
-    return "neither"
-
-
-def _check_text(path: Path) -> list[Finding]:
-    line = 1
-    blank = True
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            try:
-                blank = not raw.decode("utf-8").strip() and blank
-            except UnicodeDecodeError:
-                return [Finding(f"{path}:{line}: not UTF-8", "convert the file to UTF-8")]
-    return [_empty(path)] if blank else []
-
-
-def _check_parquet(path: Path) -> list[Finding]:
-    """The magic bytes at both ends; columns are the calibrate stage's to read."""
-    size = path.stat().st_size
-    if size == 0:
-        return [_empty(path)]
-    with path.open("rb") as file:
-        head = file.read(4)
-        file.seek(max(0, size - 4))
-        tail = file.read(4)
-    if size >= 12 and head == tail == b"PAR1":
-        return []
-    return [Finding(f"{path} is not a complete parquet file", "download or write it again")]
-
-
-def _empty(path: Path) -> Finding:
-    return Finding(
-        f"the calibration file {path} is empty", "give it rows: one JSON object with `text` a line"
-    )
 
 
 def _gb(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,17 @@ SECRETS = frozenset(
     }
 )
 """Variables that reach a child only when its caller passes them on by name."""
+
+SECRET_NAME = re.compile(
+    r"(^|_)(TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEYS?|ACCESS_KEYS?|"
+    r"PRIVATE_KEYS?|SECRET_KEYS?|SAS|COOKIE)(_|$)",
+    re.IGNORECASE,
+)
+"""Names that say that they hold a secret: WANDB_API_KEY, GITHUB_TOKEN, UV_INDEX_MINE_PASSWORD. What
+is called TOKENIZERS_PARALLELISM does not."""
+
+INDEX_NAME = re.compile(r"(UV|PIP)_\w*(INDEX|FIND_LINKS|KEYRING|USERNAME|PASSWORD)\w*")
+"""uv's and pip's places of packages, whose addresses may hold a password: for uv alone."""
 
 _withheld: set[str] = set()
 
@@ -193,9 +205,35 @@ def _orphans() -> list[psutil.Process]:
     return found
 
 
+CHILD_SETTINGS = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONNOUSERSITE": "1",
+    "PYTHONFAULTHANDLER": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",  # the token that `hf auth login` wrote into a file
+    "HF_DATASETS_TRUST_REMOTE_CODE": "0",
+}
+"""What every child is told."""
+
+
 def hub_token() -> dict[str, str]:
-    """The user's token, for the few children that read private or gated data from the Hub."""
-    return {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
+    """The user's token, for the few children that read private or gated data from the Hub.
+
+    That of `hf auth login` lies in a file, which these children may use, too.
+    """
+    own = {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
+    return {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", **own}
+
+
+def index_variables() -> dict[str, str]:
+    """Where packages come from and how one gets in there, for the child that installs them."""
+    return {name: value for name, value in os.environ.items() if INDEX_NAME.fullmatch(name)}
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable is kept from children that do not ask for it by name."""
+    if name in SECRETS or name in _withheld:
+        return True
+    return SECRET_NAME.search(name) is not None or INDEX_NAME.fullmatch(name) is not None
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -203,8 +241,6 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
     Nor without bytecode: images often set that, and each process of vLLM then compiles for 15 s.
     """
-    drop = SECRETS | _withheld | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-    drop |= {"PYTHONDONTWRITEBYTECODE"}
-    kept = {name: value for name, value in os.environ.items() if name not in drop}
-    ours = {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", "PYTHONFAULTHANDLER": "1"}
-    return {**kept, **ours, **extra}
+    drop = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"}
+    kept = {k: value for k, value in os.environ.items() if k not in drop and not is_secret(k)}
+    return {**kept, **CHILD_SETTINGS, **extra}

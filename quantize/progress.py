@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quantize import stop
+from quantize.printable import printable
 from quantize.status import Status
 
 
@@ -59,7 +60,7 @@ class Progress:
         self._done = done
         elapsed, gained = now - self._step[1], done - self._step[2]
         eta = (total - done) * elapsed / gained if gained > 0 and total > 0 else -1.0
-        self.view.step(what, done, total, unit, eta)
+        self.view.step(printable(what), done, total, unit, eta)
         inside: dict[str, Any] = {"what": what, "done": done, "total": total, "unit": unit}
         if total > 0:  # what is not known is not there
             inside["percent"] = round(100 * done / total)
@@ -70,7 +71,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.view.line(text)
+        self.view.line(printable(text))
 
     def event(self, event: dict[str, Any]) -> None:
         """One line of a worker's events file; kinds that this version does not know are skipped."""

@@ -63,12 +63,12 @@ class WorkerError(Exception):
         self.kind, self.message, self.hint = kind, message, hint
 
 
-def write_atomic(path: str | Path, text: str) -> None:
+def write_atomic(path: str | Path, text: str, errors: str = "strict") -> None:
     """Write `text` to `path` so that a kill at any moment leaves the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", errors=errors) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -80,8 +80,12 @@ def write_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """:func:`write_atomic` for a JSON value; NaN and infinities are refused."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """:func:`write_atomic` for a JSON value; NaN and infinities are refused.
+
+    Half a character (a lone surrogate), which no UTF-8 can hold, becomes JSON's escape of it.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(path, text, errors="backslashreplace")
 
 
 class Events:
@@ -97,7 +101,7 @@ class Events:
         if self._is_too_much():
             return
         line = json.dumps({"time": time.time(), "kind": kind, **values}, ensure_ascii=False) + "\n"
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
 
     def _is_too_much(self) -> bool:

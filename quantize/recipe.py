@@ -90,6 +90,10 @@ ModulePattern = Annotated[str, AfterValidator(_compiles)]
 """A module's full name, or 're:' and a pattern that matches from the start of the full name."""
 
 
+Pin = Annotated[str, Field(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
+"""A commit, or a sha256."""
+
+
 class Model(Block):
     """The fine-tuned checkpoint."""
 
@@ -113,6 +117,11 @@ class Model(Block):
         None, description="The model that was fine-tuned; cards name it, retention is against it."
     )
     base_revision: str | None = Field(None, description="Hub only: the base's commit hash.")
+    trust_remote_code: Pin | None = Field(
+        None,
+        description="Run the Python that the checkpoint brings: of a Hub repository the commit "
+        "(40 hex digits) whose code was read, of a folder the sha256 that the refusal prints.",
+    )
     license: str | None = Field(
         None, description="SPDX-like Hub licence id, where the source's card does not say it."
     )
@@ -123,6 +132,8 @@ class Model(Block):
             raise ValueError("adapter_revision without adapter: name the adapter or remove it")
         if self.adapter_mode is not None and self.adapter is None:
             raise ValueError("adapter_mode without adapter: name the adapter or remove it")
+        if self.trust_remote_code is not None and self.adapter is not None:
+            raise ValueError("trust_remote_code with an adapter is not supported: merge it first")
         if self.base_revision is not None and self.base is None:
             raise ValueError("base_revision without base: name the base or remove it")
         return self

@@ -21,7 +21,15 @@ from pydantic_core import ErrorDetails
 from quantize.errors import Problem, RecipeError
 from quantize.recipe import Recipe
 from quantize.suite import Prompts, Suite
-from quantize.yaml_values import Document, Path_, dotted, parse, read_document, shorten
+from quantize.yaml_values import (
+    MOST_PROBLEMS,
+    Document,
+    Path_,
+    dotted,
+    parse,
+    read_document,
+    shorten,
+)
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -108,8 +116,9 @@ def _problems(
 
     Values that were refused before are left out, and where a required key is misspelt, its absence.
     """
+    details = details[: 2 * MOST_PROBLEMS]  # each unknown key is compared with all known ones
     meant = {_meant(kind, _key_path(detail)) for detail in details if _is_unknown(detail)}
-    for detail in details:
+    for detail in details[:MOST_PROBLEMS]:
         path = _key_path(detail)
         if any(path[: len(refused)] == refused for refused in document.refused):
             continue

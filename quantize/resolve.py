@@ -14,18 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from quantize.calibration_checks import check_calibration
 from quantize.errors import QuantizeError, SourceError, TransientError, UsageError
 from quantize.evaluation import Evaluate
 from quantize.findings import Faults
 from quantize.hash_cache import HashCache
 from quantize.keys import digest
-from quantize.model_files import any_match, checkpoint_files
+from quantize.model_files import checkpoint_files, read_weights, unsound_files
 from quantize.recipe import Model, Recipe
 from quantize.recipe_file import load_prompts, load_suite
 from quantize.resources import find_checkpoint, find_data, find_path, find_prompts, find_suite
 from quantize.stages.base import Resolved
 from quantize.suite import Prompts, Suite
 from quantize.targets import Sign
+from quantize.tensors import read_header
+from quantize.untrusted import HELD_OUT_LIMIT_BYTES, TABLE_LIMIT_BYTES
 
 PLAN_HASH_LIMIT_BYTES = 2 << 30
 """What a plan hashes at most of a local checkpoint that it has not seen before."""
@@ -113,7 +116,7 @@ def _resolve_model(recipe: Recipe, folder: Path, inputs: _Inputs) -> None:
         if path is None:
             inputs.hub("adapter", model.adapter, model.adapter_revision, "model")
         else:
-            own = sorted(p.name for p in path.iterdir() if any_match(p.name, ADAPTER_FILES))
+            own = [name for name in ADAPTER_FILES if (path / name).is_file()]
             inputs.checkpoint("adapter", path, own)
 
 
@@ -243,6 +246,29 @@ def own_task_names(folder: Path) -> set[str]:
     return found
 
 
+def _can_be_data(name: str, path: Path) -> bool:
+    """Whether a file is worth hashing; preflight says what is wrong with one that is not."""
+    if name == "calibration":
+        return not check_calibration(path, has_chat_template=None)
+    limit = HELD_OUT_LIMIT_BYTES if name in ("text", "own_text") else TABLE_LIMIT_BYTES
+    return path.stat().st_size <= limit
+
+
+def _is_unsound(name: str, folder: Path, files: list[str]) -> bool:
+    """Whether the folder's entries or the headers of its weights say that hashing is no use."""
+    if name != "adapter":
+        return bool(unsound_files(folder) or read_weights(folder, files)[2])
+    if unsound_files(folder, ADAPTER_FILES):
+        return True
+    try:
+        for file in files:
+            if file.endswith(".safetensors"):
+                read_header(folder / file)
+    except SourceError:
+        return True
+    return False
+
+
 @dataclass
 class _Inputs:
     """Collects digests and paths by input name."""
@@ -263,7 +289,9 @@ class _Inputs:
         if path is None:
             self.hub(name, text, revision, "dataset")
         else:
-            self.add(name, self.cache.sha256(path), path)
+            self.paths[name] = path
+            if not self.cache.unknown_bytes([path]) or _can_be_data(name, path):
+                self.add(name, self.cache.sha256(path), path)
 
     def checkpoint(self, name: str, folder: Path, files: list[str]) -> None:
         """A local checkpoint or adapter; the digest is absent when it is too large to hash now."""
@@ -273,6 +301,8 @@ class _Inputs:
                 f"{folder} holds no {'adapter' if name == 'adapter' else 'checkpoint'} files",
                 f"correct model.{'source' if name == 'model' else name}",
             )
+        if _is_unsound(name, folder, files):
+            return  # preflight says what is wrong; a file that lies may have a terabyte of holes
         limit = self.hash_limit_bytes
         if limit is None or self.cache.unknown_bytes(folder / file for file in files) <= limit:
             self.digests[name] = self.cache.tree(folder, files)

@@ -14,9 +14,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from quantize.errors import SourceError, UsageError
+from quantize.printable import shortened
+from quantize.untrusted import open_regular, what_it_is
 
 PACKAGE = Path(__file__).resolve().parent
 HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -68,6 +71,11 @@ def _find(text: str, relative_to: Path, what: str, folder: str) -> Path:
 
 def find_path(text: str, folder: Path) -> Path | None:
     """An existing file or folder: absolute, from `folder`, or from the shipped root."""
+    if not text.isprintable():
+        raise SourceError(
+            f"the path {shortened(text)} has control characters, which messages cannot show",
+            "rename the file, and name it anew",
+        )
     given = Path(os.path.expanduser(text))
     for root in (folder, shipped_root()):
         if os.path.exists(root / given):
@@ -83,19 +91,37 @@ def find_checkpoint(text: str, folder: Path, key: str = "model.source") -> Path 
     found = find_path(text, folder)
     if found is not None:
         if not os.path.isdir(found):
-            raise SourceError(f"{key}: {found} is a file, not a folder", "name its folder")
+            raise _file_for_folder(key, found)
         return found
     if is_hub_repository(text):
         return None
     raise _absent(key, text, folder, "folder")
 
 
+def _file_for_folder(key: str, found: Path) -> SourceError:
+    """A file where a checkpoint's folder should be; archives are not opened."""
+    what = _what(found)
+    if what is None:
+        return SourceError(f"{key}: {found} is a file, not a folder", "name its folder")
+    hint = "unpack it yourself, look at what is in it, and name that folder"
+    if "GGUF" in what:
+        hint = "GGUF is quantized already: start from the checkpoint that it was made from"
+    return SourceError(f"{key}: {found} is {what}, not a checkpoint's folder", hint)
+
+
+def _what(found: Path) -> str | None:
+    with suppress(SourceError), open_regular(found) as file:
+        return what_it_is(file.read(512))
+    return None
+
+
 def find_data(text: str, folder: Path, key: str) -> Path | None:
     """The local file of a data set, or None for a Hub data set; like :func:`find_checkpoint`."""
     found = find_path(text, folder)
     if found is not None:
-        if not os.path.isfile(found):
+        if os.path.isdir(found):
             raise SourceError(f"{key}: {found} is a folder, not a file", "name a file in it")
+        open_regular(found).close()  # a SourceError for pipes, devices and what one may not read
         return found
     if is_hub_repository(text) and not text.endswith(DATA_SUFFIXES):
         return None

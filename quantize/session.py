@@ -284,7 +284,7 @@ class Session:
         if running.as_json:
             import json
 
-            write(json.dumps(result, indent=1, ensure_ascii=False))
+            write(json.dumps(result, indent=1))
         else:
             self._show(running.outcome, result["places"], result, write)
 

@@ -30,9 +30,12 @@ JOINED = re.compile(r"\.(q_proj|k_proj|gate_proj)$")
 USUAL_GROUPS = (32, 64, 128)
 
 
-def check_checkpoint(folder: Path, recipe: Recipe) -> list[Finding]:
-    """All that is wrong with a checkpoint folder, on its own and for this recipe."""
-    checkpoint, findings = examine(folder)
+def check_checkpoint(folder: Path, recipe: Recipe, code: str | None = None) -> list[Finding]:
+    """All that is wrong with a checkpoint folder, on its own and for this recipe.
+
+    `code`: as of :func:`quantize.checkpoint.examine`.
+    """
+    checkpoint, findings = examine(folder, code=code)
     return findings if checkpoint is None else check_source(checkpoint, recipe)
 
 

@@ -8,8 +8,9 @@ executes what it reads, and nothing is read beyond the header until a tensor is 
 
 from __future__ import annotations
 
-import json
+import io
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.errors import SourceError
+from quantize.printable import shortened
+from quantize.untrusted import open_regular, parse_json, what_it_is
 
-HEADER_LIMIT_BYTES = 100_000_000
-"""The limit of the reference implementation."""
+HEADER_LIMIT_BYTES = 32 << 20
+"""Room for 200,000 tensors in one file. The reference implementation reads up to 100 MB, which as
+Python's objects can take gigabytes."""
+
+MOST_DIMENSIONS = 16
+LARGEST_EXTENT = 1 << 48
+"""More elements than any disk holds. Without a limit a shape of a few kilobytes takes minutes to
+multiply, and its product is too long to be printed."""
+
+HEAD_BYTES = 512
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements that :func:`chunks` holds at once: 16 MiB of FP32."""
@@ -76,7 +87,7 @@ class TensorInfo:
 
 def is_lfs_pointer(path: Path) -> bool:
     """Whether `path` is what git leaves in place of a large file that was not downloaded."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
@@ -87,20 +98,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     pointer, a truncated or overlong file, a header that is not JSON, repeated names, unknown
     dtypes, intervals that overlap, leave holes or do not fit their shape.
     """
-    size = path.stat().st_size
-    if is_lfs_pointer(path):
-        raise SourceError(
-            f"{path.name} is a git-lfs pointer of {size} bytes, not the weights",
-            "run `git lfs pull` in the checkpoint's folder",
-        )
-    header, data_start = _parse(path, size)
-    header.pop("__metadata__", None)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(HEAD_BYTES)
+        if head.startswith(LFS_POINTER):
+            raise SourceError(
+                f"{path.name} is a git-lfs pointer of {size} bytes, not the weights",
+                "run `git lfs pull` in the checkpoint's folder",
+            )
+        header, data_start = _parse(path, file, head, size)
+    _check_metadata(path, header.pop("__metadata__", {}))
     tensors = {name: _tensor(path, name, value, data_start) for name, value in header.items()}
     position = data_start
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
         if info.start != position:
             fault = "overlaps the tensor before it" if info.start < position else "follows a hole"
-            raise _damaged(path, f"tensor {info.name} {fault} (byte {info.start}, not {position})")
+            name = shortened(info.name)
+            raise _damaged(path, f"tensor {name} {fault} (byte {info.start}, not {position})")
         position = info.end
     if position > size:
         raise SourceError(
@@ -174,50 +188,71 @@ def _damaged(path: Path, fault: str) -> SourceError:
     )
 
 
-def _parse(path: Path, size: int) -> tuple[dict[str, Any], int]:
+def _parse(
+    path: Path, file: io.BufferedReader, head: bytes, size: int
+) -> tuple[dict[str, Any], int]:
     """The header as it stands, and the offset at which the data starts."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8:
-            raise _damaged(path, f"it has {size} bytes, the header's length alone takes 8")
-        if length > HEADER_LIMIT_BYTES:
-            raise _damaged(path, f"a header of {length} bytes (at most {HEADER_LIMIT_BYTES})")
-        if 8 + length > size:
-            raise SourceError(
-                f"{path.name} is truncated: its header alone needs {8 + length} bytes, "
-                f"the file has {size}",
-                "download or copy this file again",
-            )
-        raw = file.read(length)
-    if not raw.startswith(b"{"):
-        raise _damaged(path, "its header does not start with '{'")
+    length = int.from_bytes(head[:8], "little")
+    if size < 8:
+        raise _damaged(path, f"it has {size} bytes, the header's length alone takes 8")
+    if head[8:9] != b"{":
+        what = what_it_is(head)
+        raise _damaged(path, f"it is {what}" if what else "its header does not start with '{'")
+    if length > HEADER_LIMIT_BYTES:
+        raise _damaged(path, f"a header of {length} bytes (at most {HEADER_LIMIT_BYTES})")
+    if 8 + length > size:
+        raise SourceError(
+            f"{path.name} is truncated: its header alone needs {8 + length} bytes, "
+            f"the file has {size}",
+            "download or copy this file again",
+        )
+    file.seek(8)
     try:
-        header: dict[str, Any] = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, our own
-        raise _damaged(path, f"its header cannot be read ({error})") from error
+        header: dict[str, Any] = parse_json(file.read(length).decode("utf-8"))
+    except ValueError as error:  # bad UTF-8, bad JSON, repeated names
+        raise _damaged(path, f"its header cannot be read ({shortened(str(error))})") from error
     return header, 8 + length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"repeated name {max(names, key=names.count)!r}")
-    return value
+def _check_metadata(path: Path, metadata: Any) -> None:
+    """Text for text: the reference implementation refuses all else."""
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "__metadata__ is not a mapping of text to text")
 
 
 def _tensor(path: Path, name: str, value: Any, data_start: int) -> TensorInfo:
+    shown = shortened(name)
     match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
             pass
         case _:
-            raise _damaged(path, f"tensor {name} is not described by dtype, shape, data_offsets")
+            fault = f"tensor {shown} is not described by dtype, shape, data_offsets"
+            raise _damaged(path, fault)
     if dtype not in DTYPES:
-        raise _damaged(path, f"tensor {name} has the unknown dtype {dtype}")
-    if not all(type(extent) is int and extent >= 0 for extent in shape):
-        raise _damaged(path, f"tensor {name} has the shape {shape}")
+        raise _damaged(path, f"tensor {shown} has the unknown dtype {shortened(dtype, 20)}")
+    if len(shape) > MOST_DIMENSIONS or not all(_is_extent(extent) for extent in shape):
+        raise _damaged(path, f"tensor {shown} has the shape {_described(shape)}")
+    if not (_is_extent(begin) and _is_extent(end)):
+        raise _damaged(path, f"tensor {shown} has the data_offsets {_described([begin, end])}")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
-    if not 0 <= begin <= end or end - begin != expected:
-        fault = f"tensor {name} ({dtype} {shape}) takes {expected} bytes, not {end - begin}"
+    if begin > end or end - begin != expected:
+        fault = f"tensor {shown} ({dtype} {shape}) takes {expected} bytes, not {end - begin}"
         raise _damaged(path, fault)
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
+
+
+def _is_extent(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_EXTENT  # a bool is no number here
+
+
+def _described(values: list[Any]) -> str:
+    """A list that may hold anything, of any length: numbers too long to print are left out."""
+    parts = [
+        f"a number of {value.bit_length()} bits"
+        if type(value) is int and value.bit_length() > 64
+        else shortened(repr(value), 24)
+        if isinstance(value, int | float | str | None)
+        else type(value).__name__
+        for value in values[:4]
+    ]
+    return f"[{', '.join(parts)}{', ...' if values[4:] else ''}]"

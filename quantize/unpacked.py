@@ -24,6 +24,7 @@ from quantize.model_files import INDEX, read_json_object
 from quantize.modules import module_name
 from quantize.protocol import write_json
 from quantize.recipe import Quantize
+from quantize.remote_code import LET_IN
 from quantize.tensors import TensorInfo, chunks, from_float32
 
 ROWS = 1024
@@ -80,8 +81,8 @@ def write_unpacked(
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    made = read_checkpoint(artifact, allow_quantized=True)
-    planned = _plan(made, read_checkpoint(source), quantize)
+    made = read_checkpoint(artifact, allow_quantized=True, code=LET_IN)
+    planned = _plan(made, read_checkpoint(source, code=LET_IN), quantize)
     by_file: dict[str, dict[str, _Planned]] = defaultdict(dict)
     for name, tensor in planned.items():
         first = tensor.copied or next(iter((tensor.parts or {}).values()))

@@ -8,7 +8,6 @@ Aliases, tags and merge keys are refused: a recipe needs none, and aliases can g
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,22 @@ from typing import Any
 
 import yaml
 
-from quantize.errors import Problem, UsageError
+from quantize.errors import Problem, SourceError, UsageError
+from quantize.untrusted import open_regular
 
 Path_ = tuple[str | int, ...]
 """Where a value stands: keys, and indices of list items (from 0)."""
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 256 << 10
+"""Forty times the longest file that ships; PyYAML reads 100 kB a second."""
+
 MAX_DEPTH = 32
+
+LONGEST_PLAIN = 1000
+"""Characters of an unquoted scalar. Of a longer one the patterns below would take minutes."""
+
+MOST_PROBLEMS = 50
+"""Mistakes that are described; a file of another kind has one on every line."""
 
 
 class Unusable:
@@ -59,13 +67,12 @@ def dotted(path: Path_) -> str:
 def read_document(path: Path) -> Document:
     """Read a file; an unreadable one is a UsageError, everything in it is a Problem."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError(f"cannot read {os.fspath(path)!r}: {reason}") from error
+    except SourceError as error:
+        raise UsageError(error.message, error.hint) from error
     if len(data) > MAX_BYTES:
-        return _failed(1, f"larger than {MAX_BYTES >> 20} MiB: this is no recipe or suite file")
+        return _failed(1, f"larger than {MAX_BYTES >> 10} KiB: this is no recipe or suite file")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -264,6 +271,8 @@ _EXPONENT_1_1 = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)[eE][-+][0-9]+")
 
 def _trap(text: str) -> str | None:
     """Why an unquoted scalar is refused and what to write instead, or None."""
+    if len(text) > LONGEST_PLAIN:
+        return f"more than {LONGEST_PLAIN} characters: put the text in quotes"
     for pattern, message in _TRAPS.items():
         if re.fullmatch(pattern, text):
             return message.format(text=shorten(text))

@@ -45,8 +45,12 @@ class Skeleton:
     def __init__(self, folder: Path, body: dict[str, Any], device: torch.device) -> None:
         self.device = device
         with init_empty_weights(include_buffers=False):
-            loaded = AutoConfig.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModelForCausalLM.from_config(loaded, dtype=DTYPE)
+            loaded = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            self.model = AutoModelForCausalLM.from_config(
+                loaded, dtype=DTYPE, trust_remote_code=False
+            )
             _linearize_experts(self.model)
         self.model.eval().requires_grad_(False)
         self.layers = self.model.get_submodule(LAYERS)

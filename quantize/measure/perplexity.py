@@ -29,8 +29,13 @@ import numpy as np
 from quantize.errors import SourceError, ToolError
 from quantize.keys import digest, file_sha256
 from quantize.measure.client import Client, ScoredPrompt
+from quantize.printable import shortened
 from quantize.records import Dataset, Perplexity
 from quantize.suite import PerplexityText
+from quantize.untrusted import HELD_OUT_LIMIT_BYTES, read_bytes, read_text
+from quantize.workers.rows import HALF_CHARACTER, has_half_character
+
+BOM = b"\xef\xbb\xbf"
 
 MAX_NATS = 700.0
 """exp() of more overflows; a uniform guess among a million tokens costs 14."""
@@ -118,20 +123,17 @@ def _save_documents(output: Path, documents: Sequence[str], windows: Sequence[Wi
 def read_documents(path: Path, field: str) -> list[str]:
     """The `field` of a .jsonl file's rows, or a .txt file as one document."""
     if path.suffix != ".jsonl":
-        try:
-            return [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{path}: not UTF-8: {error}", "convert the file to UTF-8") from error
+        return [_readable(read_text(path, HELD_OUT_LIMIT_BYTES), str(path))]
     documents = []
     # Lines end at a line feed alone: JSON strings may hold the other separators that Unicode has.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_bytes(path, HELD_OUT_LIMIT_BYTES).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
+            text = json.loads(line.removeprefix(BOM))[field]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SourceError(
-                f"{path}:{number}: not an object with `{field}`: {error!r}",
+                f"{path}:{number}: not an object with `{field}`: {shortened(repr(error))}",
                 "each line is one JSON object",
             ) from error
         if not isinstance(text, str):
@@ -139,8 +141,15 @@ def read_documents(path: Path, field: str) -> list[str]:
                 f"{path}:{number}: `{field}` is {json.dumps(text)[:40]}, not a text",
                 "correct the row, or name another column as the text's field",
             )
-        documents.append(text)
+        documents.append(_readable(text, f"{path}:{number}"))
     return documents
+
+
+def _readable(text: str, where: str) -> str:
+    """The text, which no request could carry if it held half a character."""
+    if has_half_character(text):
+        raise SourceError(f"{where}: {HALF_CHARACTER}", "correct the row")
+    return text
 
 
 def cut(

@@ -69,9 +69,11 @@ def _serve(context: StageContext, scope: Scope, model: Path, port: int) -> Itera
         max_logprobs=max((text.top_k for text in texts), default=1),
         tokenizer=_tokenizer(context, scope),
         adapter=adapter,
+        trust_remote_code=context.recipe.model.trust_remote_code is not None,
     )
     label = f"{context.entry.id}-server"
     command, variables = backend.command(launch), backend.variables(launch)
+    variables["HF_MODULES_CACHE"] = str(context.work / "code")
     with context.runner.process(command, label, env=variables) as process:
         client = Client(f"http://127.0.0.1:{launch.port}", SERVED_NAME)
         seconds = context.runner.wait_until(

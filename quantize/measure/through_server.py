@@ -207,6 +207,7 @@ def _evaluate(context: StageContext, running: Running, tasks: Sequence[TaskRef],
         "concurrency": running.concurrency,
         "max_length": running.client.max_model_len(),
         "tasks_folder": str(folder) if folder else None,
+        "trust_remote_code": running.launch.trust_remote_code,
         "tasks": [
             task.model_dump(mode="json", exclude={"name", "higher_is_better"})
             | {
@@ -243,6 +244,7 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
             "model": SERVED_NAME,
             "tokenizer": str(running.tokenizer),
             "seed": 0,
+            "trust_remote_code": running.launch.trust_remote_code,
         },
         work=context.work,
         label=f"{context.entry.id}-load",

@@ -40,6 +40,8 @@ def vllm_command(record: Record) -> Command:
     options.append([f"--{caching}" if serve["enable_prefix_caching"] else f"--no-{caching}"])
     options += _adapter_options(record)
     lines = [shlex.join(option) for option in options]
+    if record["recipe"]["model"].get("trust_remote_code"):
+        lines.append("--trust-remote-code")
     if serve["extra_args"]:
         lines.append(shlex.join(serve["extra_args"]))
     run: Sequence[str] = record.get("candidate", {}).get("server", {}).get("command", ())

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from quantize.environments import ENVIRONMENTS
 from quantize.plan import Plan
+from quantize.printable import printable
 from quantize.store import Artifact
 
 if TYPE_CHECKING:
@@ -29,9 +31,16 @@ def render(table: RenderableType) -> str:
     return captured.get()
 
 
+def plain(text: str) -> str:
+    """Text that others wrote, for a table: neither rich's markup nor a terminal's commands."""
+    return escape(printable(text))
+
+
 def plan_table(plan: Plan) -> Table:
     """One row a stage: environment, key, what is in the store, and why the rest is not."""
-    table = Table(title=f"{plan.recipe_name} on {plan.accelerator}", title_justify="left", box=None)
+    table = Table(
+        title=f"{plain(plan.recipe_name)} on {plan.accelerator}", title_justify="left", box=None
+    )
     for column in ("stage", "environment", "key", "state"):
         table.add_column(column, no_wrap=True)
     table.add_column("why", ratio=1, overflow="fold")
@@ -42,7 +51,7 @@ def plan_table(plan: Plan) -> Table:
             ", ".join(entry.environments) or "-",
             entry.key[:KEY_LETTERS] if entry.key else "-",
             f"[{style}]{entry.status}[/]" if style else entry.status,
-            entry.reason,
+            plain(entry.reason),
         )
     return table
 
@@ -79,7 +88,7 @@ def environments_table(environments: Environments) -> Table:
         table.add_row(f"[bold]{name}[/]", environment.purpose)
         table.add_row("", f"lock: {environment.locks[environments.accelerator]}")
         state = "[green]installed[/]: " if installed else "not installed: "
-        table.add_row("", state + str(environments.folder(name)))
+        table.add_row("", state + plain(str(environments.folder(name))))
     return table
 
 
@@ -94,7 +103,7 @@ def artifacts_table(artifacts: Sequence[Artifact]) -> Table:
         table.add_row(
             manifest.kind,
             manifest.key[:KEY_LETTERS],
-            manifest.recipe,
+            plain(manifest.recipe),
             size(manifest.total_bytes),
             manifest.created,
             f"{manifest.seconds['total']:.1f}",

@@ -32,6 +32,7 @@ class Launch:
     max_logprobs: int
     tokenizer: Path | None = None  # another folder's; the model's own if absent
     adapter: ServedAdapter | None = None
+    trust_remote_code: bool = False  # the recipe names the code that was read
 
 
 class Server(Protocol):

@@ -58,12 +58,15 @@ def command(launch: Launch) -> list[str]:
     arguments = [str(launch.python), "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", str(launch.model), "--served-model-name", launch.served_name]
     arguments += ["--host", "127.0.0.1", "--port", str(launch.port)]
+    arguments += ["--load-format", "safetensors"]  # never a pickle; no code, which is the default
     # The baseline of every comparison is BF16, whatever the checkpoint says.
     arguments += ["--dtype", "bfloat16", "--max-logprobs", str(launch.max_logprobs)]
     arguments += ["--max-num-seqs", str(serve.max_num_seqs)]
     arguments += ["--tensor-parallel-size", str(serve.tensor_parallel_size)]
     # Sampling defaults of the checkpoint would make greedy requests differ between tools.
     arguments += ["--generation-config", "vllm"]
+    if launch.trust_remote_code:
+        arguments += ["--trust-remote-code"]
     if launch.tokenizer is not None:
         arguments += ["--tokenizer", str(launch.tokenizer)]
     if launch.adapter is not None:

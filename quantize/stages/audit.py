@@ -29,6 +29,7 @@ from quantize.keys import file_sha256
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json
 from quantize.recipe import Quantize, Recipe
+from quantize.remote_code import LET_IN
 from quantize.source_checks import tensor_parallel_faults
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact
@@ -95,7 +96,7 @@ def run(context: StageContext) -> None:
     audit = audit_folder(source, artifact, context.recipe.quantize, report)
     audit["tensor_parallel"] = tensor_parallel(source, context.recipe)
     if "adapter" in context.inputs:
-        check = check_kept_adapter(context.inputs["adapter"], read_checkpoint(source))
+        check = check_kept_adapter(context.inputs["adapter"], read_checkpoint(source, code=LET_IN))
         audit["checks"].append(asdict(check))
     failed = [check for check in audit["checks"] if not check["passed"]]
     if failed:
@@ -117,10 +118,10 @@ def audit_folder(
     An artifact that cannot be read at all is one failed check, so that it is reported in the same
     place; a source that cannot be read is a SourceError.
     """
-    source = read_checkpoint(source_folder)
+    source = read_checkpoint(source_folder, code=LET_IN)
     kv_cache = quantize.kv_cache is not None
     try:
-        artifact = read_checkpoint(artifact_folder, allow_quantized=True)
+        artifact = read_checkpoint(artifact_folder, allow_quantized=True, code=LET_IN)
     except SourceError as error:
         check = Check("the artifact can be read", False, error.message)
         return {"checks": [asdict(check)]}
@@ -155,7 +156,7 @@ def audit_folder(
 
 def tensor_parallel(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     """By size, what does not split evenly over so many GPUs: the first few, nothing if all does."""
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder, code=LET_IN)
     sizes = sorted({*PARALLEL_SIZES, *recipe.serve.tensor_parallel_sizes})
     return {
         str(size): tensor_parallel_faults(checkpoint, recipe.quantize, size)[:SHOWN_FAULTS]

@@ -44,6 +44,7 @@ def run(context: StageContext) -> None:
         "revision": context.resolved.commit("calibration"),
         "model": str(tokenizer),
         "output": str(context.files),
+        "trust_remote_code": context.recipe.model.trust_remote_code is not None,
     }
     context.runner.worker(
         "llmcompressor",
@@ -51,5 +52,8 @@ def run(context: StageContext) -> None:
         body,
         work=context.work,
         label="calibrate",
-        env=hub_token() if path is None else {"HF_HUB_OFFLINE": "1"},
+        env={
+            "HF_MODULES_CACHE": str(context.work / "code"),  # of trusted code alone
+            **(hub_token() if path is None else {"HF_HUB_OFFLINE": "1"}),
+        },
     )

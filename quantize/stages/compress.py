@@ -8,6 +8,7 @@ from quantize.checkpoint import model_folder
 from quantize.engine.support import why_not
 from quantize.model_files import TOKENIZER_FILES, any_match, checkpoint_files
 from quantize.protocol import write_json
+from quantize.remote_code import code_files
 from quantize.stages.base import Resolved, StageContext
 
 VERSION = 2
@@ -56,7 +57,7 @@ def run(context: StageContext) -> None:
     tokens = None
     if quantize.needs_calibration:
         tokens = str(context.inputs["calibrate"].file("tokens.npz"))
-    request = {
+    request: dict[str, Any] = {
         "method": quantize.method,
         "scheme": quantize.effective_scheme,
         "group_size": quantize.effective_group_size,
@@ -68,13 +69,18 @@ def run(context: StageContext) -> None:
     }
     engine = _engine(context)
     copied = [name for name in checkpoint_files(source) if any_match(name, VERBATIM)]
+    env = {"HF_HUB_OFFLINE": "1"}
+    if context.recipe.model.trust_remote_code is not None:
+        copied += code_files(source)
+        request["trust_remote_code"] = True
+        env["HF_MODULES_CACHE"] = str(context.work / "code")  # transformers imports a copy
     result = context.runner.worker(
         "llmcompressor",
         WORKERS[engine["engine"]],
         request | {"model": str(source), "output": str(output), "tokens": tokens, "copy": copied},
         work=context.work,
         label="compress",
-        env={"HF_HUB_OFFLINE": "1"},
+        env=env,
     )
     context.versions.update(result.pop("versions"))
     write_json(
@@ -92,6 +98,8 @@ def _engine(context: StageContext) -> dict[str, str]:
     source = context.inputs["fetch"].json("source.json")
     if quantize.engine == "stream":
         reason = why_not(source["architecture"], quantize.ignore)
+        if context.recipe.model.trust_remote_code is not None:
+            reason = "the streaming engine runs no code of a checkpoint"
         if reason is not None:
             note = f"quantized by llm-compressor's oneshot: {reason}"
             context.notes.append(note)

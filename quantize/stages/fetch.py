@@ -50,9 +50,11 @@ from quantize.model_files import (
     checkpoint_files,
 )
 from quantize.protocol import write_json
+from quantize.remote_code import LET_IN
 from quantize.source_checks import check_checkpoint
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact, FileEntry
+from quantize.weights import hash_and_look
 
 VERSION = 2
 TERMS = (
@@ -87,6 +89,8 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     if entry_id == BASE:
         return {"base": resolved.digests["base"]}
     inputs: dict[str, Any] = {"model": resolved.digests["model"]}
+    if resolved.recipe.model.trust_remote_code is not None:
+        inputs["trust_remote_code"] = resolved.recipe.model.trust_remote_code
     if resolved.recipe.model.merges:
         inputs |= adapter_inputs(resolved)
     return inputs
@@ -116,32 +120,47 @@ def run(context: StageContext) -> None:
     name = _input_name(context.entry.id)
     is_base = name == "base"
     source: dict[str, Any] = {}
+    code = None if is_base else context.recipe.model.trust_remote_code
     if name in context.resolved.paths:
         folder = context.resolved.paths[name].absolute()
         source = {"kind": "folder", "folder": str(folder)}
     else:
-        folder = _download(context, name, context.work / "model", CHECKPOINT_FILES)
         repo, _, commit = context.resolved.digests[name].rpartition("@")
+        patterns: tuple[str, ...] = CHECKPOINT_FILES
+        if code is not None:
+            _require_read(repo, commit, code)
+            code, patterns = LET_IN, (*CHECKPOINT_FILES, "*.py")
+        folder = _download(context, name, context.work / "model", patterns)
         source = {"kind": "hub", "folder": "model", "repo": repo, "commit": commit}
-    raise_findings(examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe))
-    entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
+    raise_findings(
+        examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe, code)
+    )
+    entries = hash_checkpoint(folder, context.runner.progress.step)
     _unchanged(context, name, folder, entries)
     if context.recipe.model.merges and not is_base:
         card = card_metadata(folder)
         source |= {"kind": "merged", "folder": "model", **_merge(context, folder)}
         folder = context.files / "model"
         raise_findings(check_checkpoint(folder, context.recipe))
-        entries = hash_files(folder, checkpoint_files(folder), context.runner.progress.step)
+        entries = hash_checkpoint(folder, context.runner.progress.step)
     else:
         card = card_metadata(folder)
         if source["kind"] == "hub":
             # linked, not moved: a kill before the commit must not cost the download
             shutil.copytree(folder, context.files / "model", copy_function=link_or_copy)
             folder = context.files / "model"
-    write_json(
-        context.files / "source.json",
-        source | _facts(read_checkpoint(folder), card) | {"files": [asdict(e) for e in entries]},
-    )
+    source |= _facts(read_checkpoint(folder, code=LET_IN), card)
+    source["files"] = [asdict(entry) for entry in entries]
+    write_json(context.files / "source.json", source)
+
+
+def _require_read(repo: str, commit: str, pin: str) -> None:
+    """A SourceError where the recipe trusts the code of another commit than this."""
+    if pin != commit:
+        raise SourceError(
+            f"model.trust_remote_code names {pin[:12]}..., and {repo} is fetched at {commit}",
+            f"read its code at that commit, and set model.trust_remote_code: {commit}",
+        )
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -162,6 +181,40 @@ def hash_files(
         report("hashing the checkpoint", done / 1e9, total / 1e9, "GB")
         entries.append(FileEntry(name, size, file_sha256(folder / name)))
         done += size
+    return entries
+
+
+def hash_checkpoint(
+    folder: Path, report: Callable[[str, float, float, str], None]
+) -> list[FileEntry]:
+    """:func:`hash_files` of a checkpoint whose weights are all finite; else a SourceError.
+
+    The tensors are looked at as their bytes go by: a NaN would otherwise be found after hours, as
+    garbage out of a server.
+    """
+    names = checkpoint_files(folder)
+    total, done, entries = sum((folder / name).stat().st_size for name in names), 0, []
+    faults: list[str] = []
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        report("reading the checkpoint", done / 1e9, total / 1e9, "GB")
+
+    for name in names:
+        path = folder / name
+        if not name.endswith(".safetensors"):
+            entries += hash_files(folder, [name], lambda *_: None)
+            continue
+        sha256, bad = hash_and_look(path, tell)
+        entries.append(FileEntry(name, path.stat().st_size, sha256))
+        faults += [f"{name}: {fault}" for fault in bad]
+    if faults:
+        more = f"; and {len(faults) - 3} more tensors" if faults[3:] else ""
+        raise SourceError(
+            f"the weights in {folder} are not all numbers: {'; '.join(faults[:3])}{more}",
+            "take a checkpoint from before the training diverged, or download the file again",
+        )
     return entries
 
 

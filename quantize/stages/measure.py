@@ -16,6 +16,7 @@ from quantize.measure.scope import Scope, scope
 from quantize.model_files import read_json_object
 from quantize.protocol import write_json
 from quantize.records import MEASURE_SCHEMA, MeasureRecord, Missing
+from quantize.remote_code import LET_IN
 from quantize.servers import SERVERS
 from quantize.stages.base import Resolved, StageContext
 from quantize.unpacked import is_weight_only, write_unpacked
@@ -145,7 +146,7 @@ def _cannot(context: StageContext) -> Missing | None:
 
 def embedding_rows(folder: Path) -> int:
     """Tokens that a checkpoint knows: its `vocab_size`, or else its input embedding's rows."""
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder, code=LET_IN)
     stated = checkpoint.dimension("vocab_size")
     if stated is not None:
         return stated

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from quantize.protocol import Events, Request, WorkerError, worker_main, write_atomic, write_json
+from quantize.workers.rows import BadRow, json_lines, kind_of, text_lines
 
 MINIMUM_TOKENS = 8
 """Shorter rows say nothing about activations and are dropped."""
@@ -42,7 +42,9 @@ class _Drawn:
 def run(request: Request, events: Events) -> dict[str, Any]:
     """Read, draw, tokenize, cut; write `tokens.npz`, `rows.jsonl` and `calibrate.json`."""
     body = request.body
-    tokenizer = AutoTokenizer.from_pretrained(body["model"], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        body["model"], local_files_only=True, trust_remote_code=body.get("trust_remote_code", False)
+    )
     rows = _rows(body)
     if not rows:
         raise WorkerError("SourceError", f"{body['source']} has no rows", "give it some data")
@@ -54,6 +56,9 @@ def run(request: Request, events: Events) -> dict[str, Any]:
             f"no usable row among the {len(rows)} of {body['source']} (dropped: {reasons})",
             "rows need `messages` (with a chat template in the checkpoint) or `text`",
         )
+    if drawn.dropped:
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in drawn.dropped.items())
+        events.note(f"calibration: {drawn.dropped.total()} rows were skipped ({reasons})")
     if len(drawn.sequences) < body["samples"]:
         events.note(
             f"calibration: only {len(drawn.sequences)} sequences, {body['samples']} were asked for"
@@ -128,22 +133,19 @@ def _write(body: dict[str, Any], drawn: _Drawn, rows: int) -> dict[str, Any]:
 
 def _tokenize(tokenizer: Any, row: object) -> tuple[list[int], str, str]:
     """Token ids, the row's kind and its text; or no ids and why the row is dropped."""
-    if not isinstance(row, dict):
-        return [], "not an object", ""
-    messages, text = row.get("messages"), row.get("text")
-    if messages:
-        if not tokenizer.chat_template:
-            return [], "messages, but the checkpoint has no chat template", ""
-        try:
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # templates are programs and raise what they like
-            return [], f"the chat template refuses it ({type(error).__name__})", ""
-        # The template writes the special tokens itself.
-        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        return ids, "messages", rendered
-    if isinstance(text, str) and text.strip():
-        return tokenizer(text)["input_ids"], "text", text
-    return [], "neither `messages` nor `text`" if text is None else "empty text", ""
+    kind, reason = kind_of(row)
+    if kind is None or not isinstance(row, dict):
+        return [], reason, ""
+    if kind == "text":
+        return tokenizer(row["text"])["input_ids"], kind, row["text"]
+    if not tokenizer.chat_template:
+        return [], "messages, but the checkpoint has no chat template", ""
+    try:
+        rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    except Exception as error:  # templates are programs and raise what they like
+        return [], f"the chat template refuses it ({type(error).__name__})", ""
+    # The template writes the special tokens itself.
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"], kind, rendered
 
 
 def _rows(body: dict[str, Any]) -> list[object]:
@@ -155,32 +157,32 @@ def _rows(body: dict[str, Any]) -> list[object]:
         )
         return list(dataset)
     path = Path(body["source"])
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    try:
+        if path.suffix == ".parquet":
+            return _parquet(path)
+        if path.suffix == ".txt":
+            return [{"text": block} for block in _blocks(path)]
+        return [row for _, row in json_lines(path)]
+    except BadRow as error:
+        fault = f"{path}:{error.line}: {error.fault}"
+        raise WorkerError("SourceError", fault, error.hint) from error
 
+
+def _parquet(path: Path) -> list[object]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    if path.suffix == ".txt":
-        return [{"text": block} for block in _blocks(path)]
-    return list(_json_lines(path))
-
-
-def _json_lines(path: Path) -> Iterator[object]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise WorkerError(
-                        "SourceError",
-                        f"{path}:{number}: not JSON: {error}",
-                        "each line is one object with `messages` or `text`",
-                    ) from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        fault = f"{path} is not a parquet file that can be read: {error}"
+        raise WorkerError("SourceError", fault, "download or write it again") from error
 
 
 def _blocks(path: Path) -> list[str]:
     """Paragraphs: text files have no rows of their own."""
-    return [block for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
+    text = "".join(line for _, line in text_lines(path))
+    return [block for block in text.split("\n\n") if block.strip()]
 
 
 if __name__ == "__main__":

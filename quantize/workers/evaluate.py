@@ -109,6 +109,7 @@ def _ask(body: dict[str, Any], tasks: list[Any], manager: Any, seed: int) -> dic
             "base_url": body["base_url"],
             "tokenizer": body["tokenizer"],
             "tokenizer_backend": "huggingface",
+            "trust_remote_code": body.get("trust_remote_code", False),
             "tokenized_requests": True,
             "num_concurrent": body["concurrency"],
             "max_length": body["max_length"],

@@ -43,7 +43,8 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         "--result-dir": str(result.parent),
         "--result-filename": result.name,
     }
-    flags = ["--ignore-eos", "--save-result", "--disable-tqdm"]
+    trusted = ["--trust-remote-code"] if body.get("trust_remote_code") else []
+    flags = [*trusted, "--ignore-eos", "--save-result", "--disable-tqdm"]
     typed = [str(part) for pair in arguments.items() for part in pair]
     main(parser.parse_args(typed + flags))
     values = json.loads(result.read_text(encoding="utf-8"))

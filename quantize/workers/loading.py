@@ -14,11 +14,20 @@ COMPUTED = (".rotary_emb.inv_freq", ".masked_bias")
 """Buffers that old checkpoints carry and every loader computes."""
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | str) -> Any:
-    """The checkpoint's model; a SourceError for a tensor too few, too many or of another shape."""
+def load_model(folder: str | Path, dtype: torch.dtype | str, *, code: bool = False) -> Any:
+    """The checkpoint's model; a SourceError for a tensor too few, too many or of another shape.
+
+    No download and no pickle, whatever the library's defaults are; Python of the checkpoint's only
+    with `code`, which the recipe pins.
+    """
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):

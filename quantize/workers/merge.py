@@ -34,6 +34,8 @@ from quantize.workers.loading import load_model
 
 SHARD_SIZE = "5GB"
 WEIGHTS = "adapter_model.safetensors"
+LOCAL = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+"""No download, no Python of the checkpoint's, no pickle, whatever the libraries' defaults are."""
 
 
 def run(request: Request, events: Events) -> dict[str, Any]:
@@ -108,7 +110,9 @@ def _ends(base: nn.Module) -> set[str]:
 
 def _check_tokenizer(folder: Path, embeddings: int) -> None:
     """Every token must have a row in the embedding."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     extra = sorted(token for token, number in tokenizer.get_vocab().items() if number >= embeddings)
     if extra:
         named = ", ".join(extra[:3]) + (", ..." if extra[3:] else "")
@@ -197,9 +201,7 @@ def _merge(model: PeftModel, events: Events) -> int:
 
 
 def _reload(folder: Path) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, local_files_only=True
-    )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **LOCAL)
     return model.eval()
 
 

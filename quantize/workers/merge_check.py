@@ -54,7 +54,9 @@ def check_tokens(folder: Path, rows: int, first: list[int]) -> tuple[Tensor, str
     length; and two sequences drawn from the vocabulary, the last of which begins with `first`
     (tokens that the adapter trained or added). `rows` is how many tokens the model knows.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     texts = [tokenizer(TEXT)["input_ids"]]
     what = "a text"
     if tokenizer.chat_template:

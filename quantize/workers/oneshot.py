@@ -47,8 +47,10 @@ def run(request: Request, events: Events) -> dict[str, Any]:
     if not torch.cuda.is_available():
         _without_pinned_memory()
     events.progress("loading the checkpoint", 0, 1)
-    model = load_model(body["model"], torch.bfloat16)
+    model = load_model(body["model"], torch.bfloat16, code=body.get("trust_remote_code", False))
     arguments: dict[str, Any] = {"model": model, "recipe": modifiers(body, model)}
+    if body.get("trust_remote_code", False):
+        arguments["trust_remote_code_model"] = True  # it reads the config once more
     if body["tokens"]:
         loader, longest = _loader(Path(body["tokens"]))
         arguments |= {"dataset": loader, "num_calibration_samples": len(loader)}

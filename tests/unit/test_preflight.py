@@ -16,6 +16,7 @@ from checkpoints import (
 )
 from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
 
+from quantize import calibration_checks
 from quantize import preflight as module
 from quantize.checklist import preflight
 from quantize.checkpoint import read_checkpoint
@@ -253,7 +254,7 @@ def test_a_suite_that_does_not_fit_the_context(tmp_path: Path) -> None:
         (b'{"text": "a"}\n\n{"text": "b"\n', ":3: not JSON"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', ":2: not UTF-8"),
         (b'\n{"prompt": "a"}\n["text"]\n', ":2: neither `messages` nor `text`"),
-        (b'{"text": "  "}\n{"messages": []}\n', ":1: neither"),
+        (b'{"text": "  "}\n{"messages": []}\n', ":1: empty text"),
         (b'{"text": "a"}\n{"prompt": "b"}\n', ""),  # the run counts what it drops
         (b'{"text": "a"}\n{"messages": [{"role": "user", "content": "x"}]}\n', ":2: 1 rows have"),
     ],
@@ -280,7 +281,10 @@ def test_other_calibration_files(tmp_path: Path) -> None:
     assert "b.txt:2: not UTF-8" in found("b.txt", b"fine\n\xe4\n")
     assert "is empty" in found("c.parquet", b"")
     assert "not a complete parquet" in found("d.parquet", b"PAR1" + b"x" * 20)
-    assert found("e.parquet", b"PAR1" + b"x" * 20 + b"PAR1") == ""
+    assert found("e.parquet", b"PAR1" + b"x" * 20 + bytes([20, 0, 0, 0]) + b"PAR1") == ""
+    assert "not a complete" in found(
+        "f.parquet", b"PAR1" + b"x" * 20 + b"PAR1"
+    )  # a footer that lies
     missing = check_calibration(tmp_path / "nowhere.jsonl", has_chat_template=True)
     assert "does not exist" in missing[0].message
 
@@ -291,7 +295,7 @@ def test_only_the_start_of_a_large_file_is_parsed(
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 100 + b"not JSON\n")
     assert "rows.jsonl:101" in check_calibration(path, has_chat_template=True)[0].message
-    monkeypatch.setattr(module, "SCAN_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(calibration_checks, "SCAN_LIMIT_BYTES", 1000)
     assert check_calibration(path, has_chat_template=True) == []
 
 

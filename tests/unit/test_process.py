@@ -23,6 +23,9 @@ def shell(script: str) -> list[str]:
     return ["sh", "-c", script]
 
 
+FILE = {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
+
+
 def run(command: list[str], log: Path, **env: str) -> tuple[int, str]:
     with Process(command, log=log, env=env) as process:
         return process.wait(), process.output()
@@ -121,10 +124,10 @@ def test_secrets_and_our_python_stay_here(log: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_token_is_handed_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert module.hub_token() == {"HF_TOKEN": "secret"}
+    assert module.hub_token() == {"HF_TOKEN": "secret"} | FILE
     for unset in ("", None):
         monkeypatch.delenv("HF_TOKEN") if unset is None else monkeypatch.setenv("HF_TOKEN", unset)
-        assert module.hub_token() == {}
+        assert module.hub_token() == FILE
 
 
 def test_leaving_the_block_asks_the_child_to_end(log: Path) -> None:

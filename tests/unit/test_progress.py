@@ -90,7 +90,7 @@ def test_events_are_shown(tmp_path: Path, clock: Clock) -> None:
     for line in (tmp_path / "events.jsonl").read_text().split("\n")[:-1]:
         progress.event(json.loads(line))
     assert view.eta == [-1]
-    assert view.lines == ["      two rows were dropped\u2028and a half"]
+    assert view.lines == ["      two rows were dropped\\u2028and a half"]
 
 
 # --- lines --------------------------------------------------------------------------------------

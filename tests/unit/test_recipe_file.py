@@ -160,7 +160,7 @@ def test_not_a_trap(tmp_path: Path, value: str) -> None:
         ("a: " + "[" * 100 + "\n", 1, "nested"),
         ("a: " + "[" * 20_000 + "\n", 1, "nested"),
         ('a: "\\UFFFFFFFF"\n', 1, "not valid YAML"),
-        ("#" * (1 << 20) + "\n", 1, "larger than 1 MiB"),
+        ("#" * (1 << 20) + "\n", 1, "larger than 256 KiB"),
     ],
 )
 def test_unreadable_text(tmp_path: Path, text: str | bytes, line: int, words: str) -> None:
@@ -380,7 +380,7 @@ def test_wrong_set(tmp_path: Path, override: str, message: str) -> None:
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         load_recipe(tmp_path / "absent.yaml")
-    with pytest.raises(UsageError, match="directory"):
+    with pytest.raises(UsageError, match="a folder"):
         load_recipe(tmp_path)
 
 

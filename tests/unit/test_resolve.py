@@ -2,6 +2,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -12,6 +13,7 @@ from quantize.recipe_file import load_recipe
 from quantize.resolve import resolve, task_files
 from quantize.stages.base import Resolved
 from tests.hub_server import Account, Hub, HubServer
+from tests.unit.checkpoints import safetensors_bytes, write_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -48,7 +50,6 @@ def folder(tmp_path: Path) -> Path:
     files = {
         "recipe.yaml": RECIPE,
         "model/config.json": "{}",
-        "model/model.safetensors": "weights",
         "model/notes.log": "not part of the checkpoint",
         "data/rows.jsonl": '{"text": "a"}\n',
         "data/text.txt": "held out",
@@ -63,6 +64,7 @@ def folder(tmp_path: Path) -> Path:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text)
+    write_weights(tmp_path / "model", {"w": ("F32", np.zeros(2, "<f4"))})
     return tmp_path
 
 
@@ -149,9 +151,11 @@ def test_adapter(folder: Path) -> None:
     with pytest.raises(SourceError, match="holds no adapter files"):
         resolved(folder, "model.adapter=lora")
     (folder / "lora/adapter_config.json").write_text("{}")
-    (folder / "lora/adapter_model.safetensors").write_text("a")
+    weights = safetensors_bytes({"w": ("F32", np.full(2, 0, "<f4"))})
+    (folder / "lora/adapter_model.safetensors").write_bytes(weights)
     before = resolved(folder, "model.adapter=lora")
-    (folder / "lora/adapter_model.safetensors").write_text("b")
+    weights = safetensors_bytes({"w": ("F32", np.full(2, 1, "<f4"))})
+    (folder / "lora/adapter_model.safetensors").write_bytes(weights)
     assert changed(before, resolved(folder, "model.adapter=lora")) == {"adapter"}
 
 

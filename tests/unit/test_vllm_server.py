@@ -45,6 +45,7 @@ COMMON = {
     "--served-model-name": "model",
     "--host": "127.0.0.1",  # and no other machine's
     "--port": "8123",
+    "--load-format": "safetensors",
     "--dtype": "bfloat16",
     "--max-logprobs": "20",
     "--max-num-seqs": "64",
