@@ -7,26 +7,20 @@ Nothing here loads weights. A Hub checkpoint is checked in the same way once it 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
 from quantize.adapter_checks import check_adapter
-from quantize.checkpoint import LAYER, Checkpoint, examine
-from quantize.engine.support import why_not
-from quantize.errors import CredentialsError, QuantizeError, ResourceError, TransientError
+from quantize.checkpoint import Checkpoint, examine
+from quantize.errors import CredentialsError, QuantizeError, TransientError
 from quantize.findings import Finding, raise_findings
-from quantize.machine import memory_bytes
-from quantize.recipe import Recipe
-from quantize.source_checks import check_source, promised_bytes
+from quantize.resource_checks import check_resources
+from quantize.source_checks import check_source
 from quantize.stages.base import Resolved
 from quantize.targets import Hub
 
 ALL = frozenset({"fetch", "calibrate", "compress", "measure", "card", "publish"})
-
-SLACK_BYTES = 256 << 20
-"""Logs, samples and token ids of one run."""
 
 SCAN_LIMIT_BYTES = 64 << 20
 """How much of a calibration file is parsed beforehand; the calibrate stage reads the rest."""
@@ -60,8 +54,8 @@ def preflight(
         findings += check_calibration(paths["calibration"], has_chat_template=template)
     if "card_template" in paths and "card" in to_run:
         findings += check_card_template(paths["card_template"])
-    if checkpoint is not None and {"fetch", "compress"} & set(to_run):
-        findings += check_resources(checkpoint, recipe, store, to_run)
+    if checkpoint is not None:
+        findings += check_resources(checkpoint, recipe, store, to_run, resolved.accelerator)
     if recipe.publish.hub is not None and "publish" in to_run:
         findings += check_hub_target(resolved, recipe.publish.hub, online=online)
     if recipe.publish.url is not None and "publish" in to_run and online:
@@ -114,79 +108,6 @@ def check_suite(checkpoint: Checkpoint, resolved: Resolved) -> list[Finding]:
         for what, tokens in asked.items()
         if tokens > limit
     ]
-
-
-def check_resources(
-    checkpoint: Checkpoint, recipe: Recipe, store: Path, to_run: Collection[str]
-) -> list[Finding]:
-    """Disk for what the run writes, and memory for what it loads.
-
-    Disk: the artifact's tensors as the scheme promises, a merged checkpoint in BF16 where there is
-    an adapter, and SLACK_BYTES. Memory: what must be held at once (:func:`_held_at_once`);
-    without so much the machine cannot even begin.
-    """
-    findings = []
-    in_bf16 = 2 * checkpoint.parameters
-    needed = SLACK_BYTES
-    if "compress" in to_run:
-        needed += promised_bytes(checkpoint, recipe)
-    if "fetch" in to_run and recipe.model.merges:
-        needed += in_bf16
-    place = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        findings.append(
-            Finding(
-                f"the store {store} has {free} bytes free ({_gb(free)}), "
-                f"this run writes about {needed} ({_gb(needed)})",
-                "free some with `quantize store gc`, or name another place with --store",
-                ResourceError,
-            )
-        )
-    memory = memory_bytes()
-    held, what = _held_at_once(checkpoint, recipe, to_run)
-    if memory < held:
-        findings.append(
-            Finding(
-                f"this machine has {_gb(memory)} of memory, {what} alone takes {_gb(held)}",
-                "run on a machine with more memory",
-                ResourceError,
-            )
-        )
-    return findings
-
-
-def _held_at_once(
-    checkpoint: Checkpoint, recipe: Recipe, to_run: Collection[str]
-) -> tuple[int, str]:
-    """Bytes of weights that are in memory together, and what they are, in words.
-
-    llm-compressor holds the whole checkpoint in BF16. Merging an adapter holds it as it is stored,
-    and one layer in FP32 beside it. The streaming engine holds a layer and reads the next, or what
-    lies outside the layers.
-    """
-    quantize = recipe.quantize
-    layer, outside = _largest_parts(checkpoint)
-    if recipe.model.merges and "fetch" in to_run:
-        stored = max(checkpoint.weight_bytes, 2 * checkpoint.parameters)
-        return stored + 2 * layer, "the checkpoint with one layer in FP32"
-    streams = quantize.engine == "stream"
-    if not streams or why_not(checkpoint.architecture, quantize.ignore) is not None:
-        return 2 * checkpoint.parameters, "the checkpoint"
-    pair = 2 * layer
-    if pair > outside:
-        return pair, "a pair of layers"
-    return outside, "its embedding"
-
-
-def _largest_parts(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Bytes in BF16 of the largest layer, and of everything outside the layers."""
-    parts: Counter[str] = Counter()
-    for name, info in checkpoint.tensors.items():
-        layer = LAYER.search(name)
-        parts[name[: layer.end()] if layer else ""] += 2 * info.elements
-    outside = parts.pop("", 0)
-    return max(parts.values(), default=0), outside
 
 
 def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Finding]:
@@ -301,7 +222,3 @@ def _empty(path: Path) -> Finding:
     return Finding(
         f"the calibration file {path} is empty", "give it rows: one JSON object with `text` a line"
     )
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

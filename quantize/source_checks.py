@@ -177,9 +177,15 @@ def _said(form: WeightFormat | None) -> str:
     return f"in {form.scheme}" + (f" with groups of {form.group_size}" if form.group_size else "")
 
 
-def tensor_parallel_faults(checkpoint: Checkpoint, quantize: Quantize, size: int) -> list[str]:
-    """What does not split evenly over `size` GPUs: heads, outputs or groups; shapes alone."""
-    return _tensor_parallel_faults(checkpoint, _chosen(checkpoint, module_formats(quantize)), size)
+def tensor_parallel_faults(
+    checkpoint: Checkpoint, quantize: Quantize | None, size: int
+) -> list[str]:
+    """What does not split evenly over `size` GPUs: heads, outputs or groups; shapes alone.
+
+    Without a `quantize` block, of the checkpoint in BF16: its heads.
+    """
+    chosen = [] if quantize is None else _chosen(checkpoint, module_formats(quantize))
+    return _tensor_parallel_faults(checkpoint, chosen, size)
 
 
 def _check_tensor_parallel(
