@@ -4,7 +4,7 @@
 
 ENVIRONMENT is the llmcompressor environment. Random BF16 checkpoints of a few layers, each method
 in a fresh process; the highest resident size of the process (getrusage), beside the expected one.
-Writes bench/memory.md. On a GPU, bench/engine_gpu.py has the same columns.
+Writes bench/memory.md, or --output. On a GPU, bench/engine_gpu.py has the same columns.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--output", type=Path, default=REPORT)
     options = parser.parse_args()
     machine = f"{platform.machine()}, Python {platform.python_version()}"
     lines = [HEADING.format(machine=machine, samples=options.samples, length=options.length)]
@@ -62,7 +63,7 @@ def main() -> None:
                 print(lines[-1], flush=True)
         finally:
             shutil.rmtree(folder)
-    REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from quantize.capacity.estimate import (
     stage_needs,
 )
 from quantize.capacity.parts import Peak
-from quantize.capacity.serving import PARALLEL_SIZES, attention, context_tokens
+from quantize.capacity.serving import PARALLEL_SIZES, attention, least_gpus
 from quantize.checkpoint import Checkpoint
 from quantize.environments import accelerator as accelerator_here
 from quantize.errors import ResourceError, UsageError
 from quantize.findings import Finding
 from quantize.machine import gpus, memory_bytes
-from quantize.recipe import Recipe
+from quantize.recipe import Quantize, Recipe
 from quantize.source_checks import promised_bytes, tensor_parallel_faults
 
 SLACK_BYTES = 256 << 20
@@ -56,22 +56,28 @@ def check_resources(
     store: Path,
     to_run: Collection[str],
     accelerator: str | None = None,
+    *,
+    local: bool = True,
 ) -> list[Finding]:
-    """Host memory, disk and GPU memory for the stages that will run, by kind."""
+    """Host memory, disk and GPU memory for the stages that will run, by kind.
+
+    A recipe that names `machine.gpu` is meant for such a machine. `local` is False for a checkpoint
+    on the Hub, which is still to be downloaded.
+    """
     here = accelerator or accelerator_here()
+    device = here if recipe.machine.gpu is None else "cuda"
     stages = [(name, kind) for kind in CHECKED if kind in to_run for name in CHECKED[kind]]
     if recipe.evaluate is None:
         stages = [(name, kind) for name, kind in stages if kind != "measure"]
     if not stages:
         return []
-    needs = stage_needs(checkpoint, recipe, here, stages)
+    needs = stage_needs(checkpoint, recipe, device, stages, local=local)
     findings = _check_disk(checkpoint, recipe, store, to_run, needs)
     findings += _check_memory(needs)
     target, unknown = target_gpus(recipe, here)
     findings += unknown
     if target is not None:
-        on_gpu = stage_needs(checkpoint, recipe, "cuda", stages)
-        findings += check_gpus(checkpoint, recipe, target, on_gpu)
+        findings += check_gpus(checkpoint, recipe, target, needs)
     return findings
 
 
@@ -188,23 +194,36 @@ def _remedy(checkpoint: Checkpoint, recipe: Recipe, target: Gpus, one: Needs) ->
     )
 
 
+def even_sizes(checkpoint: Checkpoint, quantize: Quantize | None) -> tuple[int, ...]:
+    """Tensor-parallel sizes that split the checkpoint, or what is made of it, evenly."""
+    return tuple(
+        size for size in PARALLEL_SIZES if not tensor_parallel_faults(checkpoint, quantize, size)
+    )
+
+
 def fitting_size(
-    checkpoint: Checkpoint, recipe: Recipe, gpu_bytes: int, stage: str, unpacks: bool = False
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    gpu_bytes: int,
+    stage: str,
+    sizes: Sequence[int] | None = None,
 ) -> int | None:
-    """The smallest tensor-parallel size that splits evenly and holds weights and one request."""
+    """The smallest of the sizes (those that split evenly) that holds weights and one request."""
     shape = attention(checkpoint.text_config)
     if isinstance(shape, str):
         return None
-    weights = served_bytes(checkpoint, recipe, stage, unpacks)
-    quantize = recipe.quantize if stage == "measure-candidate" and not unpacks else None
-    for size in PARALLEL_SIZES:
-        if tensor_parallel_faults(checkpoint, quantize, size):
-            continue
-        utilization, value = recipe.serve.gpu_memory_utilization, cache_value_bytes(recipe, stage)
-        found = context_tokens(gpu_bytes, utilization, weights, shape, size, value)
-        if found >= max(1, context_length(checkpoint, recipe) or 1):
-            return size
-    return None
+    if sizes is None:
+        quantized = stage == "measure-candidate"
+        sizes = even_sizes(checkpoint, recipe.quantize if quantized else None)
+    return least_gpus(
+        gpu_bytes,
+        recipe.serve.gpu_memory_utilization,
+        served_bytes(checkpoint, recipe, stage, unpacks=False),
+        shape,
+        context_length(checkpoint, recipe) or 1,
+        sizes,
+        cache_value_bytes(recipe, stage),
+    )
 
 
 def _said(peak: Peak) -> str:

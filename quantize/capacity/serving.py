@@ -123,10 +123,11 @@ def least_gpus(
     attention: Mapping[str, int],
     tokens: int,
     sizes: Iterable[int] = PARALLEL_SIZES,
+    value_bytes: int = BF16_BYTES,
 ) -> int | None:
     """The smallest of these tensor-parallel sizes that holds the weights and so many tokens."""
     for size in sorted(sizes):
-        found = context_tokens(gpu_bytes, utilization, weight_bytes, attention, size)
+        found = context_tokens(gpu_bytes, utilization, weight_bytes, attention, size, value_bytes)
         if found >= max(1, tokens):
             return size
     return None

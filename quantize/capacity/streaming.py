@@ -27,9 +27,9 @@ from quantize.capacity.parts import BF16, FP32, Decoder, Part, Peak, highest
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """As in `engine.hidden`; a test compares them."""
 
-IMPORTS_BYTES = {"cpu": 1_000_000_000, "cuda": 4_000_000_000}
+IMPORTS_BYTES = {"cpu": 700_000_000, "cuda": 4_000_000_000}
 """Interpreter, torch, transformers, llm-compressor; on CUDA its libraries. Measured on a CPU
-(bench/memory.md: 0.7 GB resident), an estimate on CUDA."""
+(bench/memory.md: 0.54 GB resident), an estimate on CUDA."""
 
 CUDA_SHARE = 0.1
 """Of a GPU peak, on top: what torch's allocator keeps in blocks that do not fit."""

@@ -310,7 +310,9 @@ def test_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000})())
     with pytest.raises(ResourceError) as error:
         preflight(resolved(tmp_path, recipe(), model=folder), tmp_path / "a" / "store")
-    tokens = 512 * 128  # of calibration data, and their hidden states before and behind a layer
+    calibration = recipe().calibration
+    assert calibration is not None
+    tokens = calibration.samples * 128  # and their hidden states before and behind a layer
     needed = (1 << 60) + promised_bytes(read_checkpoint(folder), recipe())
     needed += tokens * (12 + 2 * 2 * HIDDEN)
     assert f"this run writes about {needed}" in error.value.message
