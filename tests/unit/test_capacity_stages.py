@@ -17,12 +17,13 @@ from quantize.capacity.cards import CARDS, FILE, GPUS, find_card
 from quantize.capacity.cost import dollars, dollars_per_million_tokens
 from quantize.capacity.dense import dense_tensors
 from quantize.capacity.estimate import Needs, calibration_tokens, decoder, stage_needs
-from quantize.capacity.parts import Decoder, Linear
+from quantize.capacity.parts import Decoder, Linear, Peak
 from quantize.capacity.planned import Money, Planned, planned
 from quantize.capacity.serving import attention, context_tokens, least_gpus, share_bytes_per_token
 from quantize.capacity.streaming import (
     BATCH_TOKENS,
     Run,
+    _moments,
     device_peak,
     held_hidden_states,
     host_peak,
@@ -380,3 +381,50 @@ def test_options_that_are_no_numbers(option: str, said: str, tmp_path: Path) -> 
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2
     assert said in re.sub(r"\s+", " ", done.output)
+
+
+def test_the_figures_of_the_docs() -> None:
+    """docs/capacity.md's worked example."""
+    text = (shipped_root() / "docs" / "capacity.md").read_text()
+    checkpoint, given = llama_70b.checkpoint(), recipe("machine.gpu=H100")
+    model, run = decoder(checkpoint, given.quantize), Run("awq+gptq", 512 * 2048, 2048, "cuda")
+    steps = {  # the largest of each step, without the layer and its Gram matrices
+        moments[0].when: max(sum(part.bytes for part in one.parts[2:]) for one in moments)
+        for moments in _by_step(model, run)
+    }
+    steps["packing"] = sum(part.bytes for part in _moments(model, run)[0].parts[1:3])
+    for step, count in steps.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {step}"))
+        assert row.endswith(f"| {count / 1e9:.1f} GB |"), (step, count)
+    found = needs(given)["compress"]
+    assert found.device is not None
+    shape = attention(llama_70b.CONFIG)
+    assert isinstance(shape, dict)
+    size = promised_bytes(checkpoint, given)
+    hours = least_seconds(model, run, 989) / 60
+    price = dollars_per_million_tokens(2.5, 600)
+    for said in (
+        f"{model.layer_elements:,}",
+        f"{model.outside_elements:,}",
+        f"{checkpoint.parameters:,}",
+        f"**{size / 1e9:.1f} GB**",
+        f"{2 * checkpoint.parameters / 1e9:.1f} GB",
+        f"{share_bytes_per_token(shape, 1):,} bytes",
+        f"{context_tokens(80 * 10**9, 0.9, size, shape) // 100 * 100:,} tokens",
+        f"{context_tokens(24 * 10**9, 0.9, size, shape, 4) // 100 * 100:,}",
+        f"{32768 * share_bytes_per_token(shape, 1) / 1e9:.1f} GB",
+        f"{found.device.bytes / 1e9:.1f} GB. So a card of 24 GB quantizes it",
+        f"a 70B takes {found.host.bytes / 1e9:.0f} GB",
+        f"4 *T d* = {found.disk[1].bytes / 1e9:.1f} GB",
+        f"H100: {hours:.1f} minutes",
+        f"tokens a second: {price:.2f}",
+    ):
+        assert said in text, said
+
+
+def _by_step(model: Decoder, run: Run) -> list[list[Peak]]:
+    found: dict[str, list[Peak]] = {}
+    for peak in _moments(model, run):
+        if peak.when not in ("packing", "embedding"):
+            found.setdefault(peak.when, []).append(peak)
+    return list(found.values())
