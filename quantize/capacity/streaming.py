@@ -8,7 +8,7 @@ L the layer's numbers, all in BF16 (2 bytes) unless FP32 (4 bytes) is said:
 - a pass: activations, 2 B (4 inner + 8 d), and where they are taken up in a Gram matrix, on a CPU
   an FP32 and a BF16 copy of them, 6 B n; on a GPU a product of n^2 / 4 in FP32;
 - completing a Gram matrix: three temporaries of 4 n^2 (`Inputs.complete`);
-- AWQ's search: a scaled copy, 4 n^2, for each linear that reads the input, and of the largest
+- AWQ's search: a scaled copy, 4 n^2, for each linear behind the same norm, and of the largest
   linear 12 R n while finalists are rounded (`awq.search`);
 - GPTQ: with W = 4 R n of the linears that share an input, W + 3 x 4 n^2 while the matrix is
   factorised (reordered copy, factor, factor turned round), 5 W + 4 n^2 at the end of the columns
@@ -20,9 +20,11 @@ Batches: 4096 tokens on a CPU, 32768 on a GPU, a quarter of all at most, and one
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from quantize.capacity.parts import BF16, FP32, Decoder, Part, Peak, highest
+from quantize.modules import served_unit
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """As in `engine.hidden`; a test compares them."""
@@ -154,10 +156,12 @@ def _activations(model: Decoder, run: Run) -> Part:
 
 
 def _search(model: Decoder) -> tuple[Part, Part]:
-    copies = max(len(linears) * linears[0].columns ** 2 for linears in model.units.values())
+    copies: dict[str, int] = defaultdict(int)  # by what is scaled together: q, k, v; all experts
+    for linear in model.linears:
+        copies[served_unit(linear.name)] += linear.columns**2
     largest = max(linear.elements for linear in model.linears)
     return (
-        Part("a Gram matrix for each linear", FP32 * copies),
+        Part("a Gram matrix for each linear", FP32 * max(copies.values())),
         Part("rounding a finalist", PACKING_BYTES * largest, spare=True),
     )
 

@@ -147,6 +147,21 @@ def test_what_a_layer_of_the_70b_takes_on_a_gpu() -> None:
     assert few.certain < few.bytes < peak.bytes
 
 
+def test_experts() -> None:
+    """Each expert sees inputs of its own; AWQ scales what all of them read together."""
+    names = [f"mlp.experts.{expert}." for expert in range(8)]
+    linears = [Linear(f"{name}{part}_proj", 16, 32) for name in names for part in ("gate", "up")]
+    linears += [Linear(f"{name}down_proj", 32, 16) for name in names]
+    model = Decoder(32, 2, tuple(linears), 100, 0, 0)
+    parts = {
+        part.what: part.bytes
+        for peak in _moments(model, Run("awq", 1000, 100, "cuda"))
+        for part in peak.parts
+    }
+    assert parts["Gram matrices"] == 4 * 8 * (32**2 + 16**2)
+    assert parts["a Gram matrix for each linear"] == 4 * 8 * (2 * 32**2 + 16**2)
+
+
 def test_memory_does_not_grow_with_depth_but_with_the_vocabulary() -> None:
     linears = (Linear("mlp.up_proj", 1024, 512), Linear("mlp.down_proj", 512, 1024))
     run = Run("gptq", 4096, 512, "cpu")
