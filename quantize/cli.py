@@ -125,6 +125,11 @@ def run(
     metavar="[CARD=]RATE",
     help="Throughput, for what a million tokens cost.",
 )
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Take shapes from this config.json, for a checkpoint that is not here.",
+)
 @STORE
 @SET
 @JSON
@@ -132,6 +137,7 @@ def plan(
     recipe: str,
     prices: tuple[str, ...],
     throughputs: tuple[str, ...],
+    config: Path | None,
     store_folder: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -144,11 +150,15 @@ def plan(
     from quantize.session import Session
 
     session = Session.open(recipe, overrides, store_folder, online=False)
-    show_plan(session, as_json, prices, throughputs)
+    show_plan(session, as_json, prices, throughputs, config)
 
 
 def show_plan(
-    session: Any, as_json: bool, prices: tuple[str, ...] = (), throughputs: tuple[str, ...] = ()
+    session: Any,
+    as_json: bool,
+    prices: tuple[str, ...] = (),
+    throughputs: tuple[str, ...] = (),
+    config: Path | None = None,
 ) -> None:
     """Print a session's plan and what it needs, as tables or as JSON."""
     from quantize import costing
@@ -156,7 +166,7 @@ def show_plan(
     from quantize.report.tables import plan_json, plan_table, render
 
     money = costing.money(prices, throughputs, session.resolved)
-    needed = costing.figures(session.resolved, session.plan, session.store, money)
+    needed = costing.figures(session.resolved, session.plan, session.store, money, config)
     if as_json:
         figures = {"needs": capacity.planned_json(needed)}
         click.echo(json.dumps(plan_json(session.plan) | figures, indent=1))

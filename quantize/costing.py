@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from quantize.capacity.cards import find_card, known_names
+from quantize.capacity.dense import dense_tensors, known_config
 from quantize.capacity.planned import Money, Planned, planned
 from quantize.checkpoint import Checkpoint, examine, model_folder
 from quantize.errors import UsageError
+from quantize.model_files import read_json_object
 from quantize.plan import Plan, StageEntry
 from quantize.stages.base import Resolved
 from quantize.stages.measure import unpacks_because
@@ -15,8 +20,10 @@ from quantize.store import Store
 
 ABSENT = (
     "the checkpoint is not here yet: figures come from its shapes, which are known after "
-    "`quantize run RECIPE --until fetch`"
+    "`quantize run RECIPE --until fetch`, or from --config config.json"
 )
+FROM_CONFIG = "the checkpoint is not here yet: shapes are those of its published config"
+UNKNOWN_SHAPES = "no shapes are known of its architecture, or the config does not state them"
 
 
 def money(prices: Sequence[str], throughputs: Sequence[str], resolved: Resolved | None) -> Money:
@@ -47,13 +54,25 @@ def _numbers(option: str, values: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def figures(resolved: Resolved, plan: Plan, store: Store, money: Money) -> Planned:
-    """Every figure of the plan; without the checkpoint's shapes only what is missing."""
-    checkpoint, why = known_checkpoint(resolved, plan, store)
+def figures(
+    resolved: Resolved, plan: Plan, store: Store, money: Money, config: Path | None = None
+) -> Planned:
+    """Every figure of the plan; without the checkpoint's shapes only what is missing.
+
+    :param config: a config.json to take the shapes from, for a checkpoint that is not here
+    """
+    if config is not None:
+        checkpoint, why = _from_config(read_json_object(config), config.parent), ""
+        if checkpoint is None:
+            raise UsageError(
+                f"{config}: {UNKNOWN_SHAPES}", "name a dense Llama-like model's config"
+            )
+    else:
+        checkpoint, why = known_checkpoint(resolved, plan, store)
     if checkpoint is None:
         return Planned(missing=(why,))
     stages = [(entry.id, entry.kind) for entry in plan.stages]
-    return planned(
+    found = planned(
         checkpoint,
         resolved.recipe,
         resolved.accelerator,
@@ -63,19 +82,28 @@ def figures(resolved: Resolved, plan: Plan, store: Store, money: Money) -> Plann
         local="model" in resolved.paths,
         unpacks=unpacks_because(resolved) is not None,
     )
+    return replace(found, missing=(*found.missing, *([why] if why else [])))
 
 
 def known_checkpoint(resolved: Resolved, plan: Plan, store: Store) -> tuple[Checkpoint | None, str]:
-    """The local checkpoint, or the one that was fetched; or None, and why."""
+    """The local checkpoint, or the one that was fetched, or a known config's; or None, and why."""
     folder = resolved.paths.get("model")
     if folder is None:
         entry = plan.stage("fetch")
         artifact = store.get(entry.kind, entry.key) if entry.key is not None else None
         if artifact is None:
-            return None, ABSENT
+            config = known_config(resolved.recipe.model.source)
+            known = _from_config(config, Path()) if config is not None else None
+            return known, ABSENT if known is None else FROM_CONFIG
         folder = model_folder(artifact)
     checkpoint, findings = examine(folder)
     return checkpoint, findings[0].message if findings else ""
+
+
+def _from_config(config: dict[str, Any], folder: Path) -> Checkpoint | None:
+    """A checkpoint's shapes without its files."""
+    tensors = dense_tensors(config)
+    return None if tensors is None else Checkpoint(folder, config, tensors, ())
 
 
 def _took(entry: StageEntry, recipe_name: str, store: Store) -> float | None:

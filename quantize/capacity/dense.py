@@ -6,6 +6,7 @@ layer, without experts. Names and shapes are those of transformers' `modeling_ll
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -14,10 +15,20 @@ from typing import Any
 from quantize.capacity.serving import attention
 from quantize.tensors import TensorInfo
 
+CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs.json"
+"""Shapes from the published config.json of the models that shipped recipes name, by repository."""
+
 ARCHITECTURES = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
+
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def known_config(repository: str) -> dict[str, Any] | None:
+    """What the config of a repository says of shapes, without asking the Hub; None if unknown."""
+    found: dict[str, dict[str, Any]] = json.loads(CONFIGS.read_text(encoding="utf-8"))
+    return found.get(repository)
 
 
 def dense_tensors(config: Mapping[str, Any]) -> dict[str, TensorInfo] | None:

@@ -97,7 +97,9 @@ def planned(
     target, _ = target_gpus(recipe, accelerator)
     least = _least(checkpoint, recipe, target.name if target else "")
     price = money.price(target.name if target else "")
-    missing = [] if price is not None else ["no price: --price-per-hour or machine.price_per_hour"]
+    missing = []
+    if money.throughputs and not money.prices:
+        missing.append("no price: --price-per-hour or machine.price_per_hour")
     shape = attention(checkpoint.text_config)
     if isinstance(shape, str):
         missing.append(f"no context: {shape}")

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from quantize import machine
 from quantize.capacity.cards import CARDS, FILE, GPUS, find_card
 from quantize.capacity.cost import dollars, dollars_per_million_tokens
-from quantize.capacity.dense import dense_tensors
+from quantize.capacity.dense import CONFIGS, dense_tensors, known_config
 from quantize.capacity.estimate import Needs, calibration_tokens, decoder, stage_needs
 from quantize.capacity.parts import Decoder, Linear, Peak
 from quantize.capacity.planned import Money, Planned, planned
@@ -382,10 +382,40 @@ def test_plan_shows_the_figures(tmp_path: Path) -> None:
     assert compress["seconds"] is None and compress["cost"] is None
 
 
-def test_plan_without_the_checkpoint(tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["plan", "llama3-70b-awq", "--store", str(tmp_path)])
+def test_plan_of_a_checkpoint_that_is_not_here(tmp_path: Path) -> None:
+    given = tmp_path / "recipe.yaml"
+    shipped = (shipped_root() / "recipes" / "llama3-70b-awq.yaml").read_text()
+    given.write_text(shipped.replace("source: meta-llama/Llama-3.3", "source: someone/Llama-3.3"))
+    store = ["--store", str(tmp_path / "store")]
+    done = CliRunner().invoke(main, ["plan", str(given), *store])
     assert done.exit_code == 0, done.output
-    assert "note: needs: the checkpoint is not here yet" in done.output
+    assert "note: needs: the checkpoint is not here yet: figures come" in done.output
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(llama_70b.CONFIG))
+    for arguments in (["llama3-70b-awq"], [str(given), "--config", str(config)]):
+        done = CliRunner().invoke(main, ["plan", *arguments, *store])
+        rows = {row[0]: row for line in done.output.splitlines() if (row := line.split())}
+        assert "fetch               500 MB    -   141 GB" in done.output
+        assert rows["H200"] == ["H200", "141", "GB", "yes", "2", "259k", "640k", "1.40M", "2.92M"]
+    config.write_text('{"architectures": ["OtherForCausalLM"]}')
+    done = CliRunner().invoke(main, ["plan", str(given), *store, "--config", str(config)])
+    assert done.exit_code == 2 and "no shapes are known" in done.output
+
+
+def test_known_configs_are_those_of_the_shipped_recipes() -> None:
+    recipes = [
+        path for path in (shipped_root() / "recipes").glob("*.yaml") if "tiny" not in path.name
+    ]
+    sources = {load_recipe(path, ()).model.source for path in recipes}
+    assert sources == set(json.loads(CONFIGS.read_text()))
+    counted = {"Llama-3.3-70B": 70_553_706_496, "Llama-3.1-8B": 8_030_261_248}
+    counted |= {"Qwen3-4B": 4_022_468_096, "Mistral-Small-24B": 23_572_403_200}  # by the Hub
+    for name, parameters in counted.items():
+        config = known_config(next(source for source in sources if name in source))
+        assert config is not None
+        tensors = dense_tensors(config)
+        assert tensors is not None
+        assert sum(info.elements for info in tensors.values()) == parameters, name
 
 
 @pytest.mark.parametrize(
