@@ -5,6 +5,9 @@ from typing import Any
 
 from quantize.capacity.dense import dense_tensors
 from quantize.checkpoint import Checkpoint
+from quantize.recipe import Recipe
+from quantize.recipe_file import load_recipe
+from quantize.resources import shipped_root
 
 CONFIG: dict[str, Any] = {  # https://huggingface.co/meta-llama/Llama-3.1-70B, config.json
     "architectures": ["LlamaForCausalLM"],
@@ -18,9 +21,22 @@ CONFIG: dict[str, Any] = {  # https://huggingface.co/meta-llama/Llama-3.1-70B, c
     "tie_word_embeddings": False,
 }
 
+STAGES = [
+    ("fetch", "fetch"),
+    ("calibrate", "calibrate"),
+    ("compress", "compress"),
+    ("measure-baseline", "measure"),
+    ("measure-candidate", "measure"),
+]
+KINDS = {kind for _, kind in STAGES}
+
 
 def checkpoint(**changes: Any) -> Checkpoint:
     config = CONFIG | changes
     tensors = dense_tensors(config)
     assert tensors is not None
     return Checkpoint(Path("not-here"), config, tensors, ())
+
+
+def recipe(*changes: str, name: str = "llama3-70b-awq") -> Recipe:
+    return load_recipe(shipped_root() / "recipes" / f"{name}.yaml", changes)
