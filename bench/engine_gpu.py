@@ -52,6 +52,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from bench.predicted import peaks  # noqa: E402
 from bench.random_llama import SHAPES, Shape  # noqa: E402
 from quantize.protocol import Request, load_result, write_json  # noqa: E402
 
@@ -125,6 +126,7 @@ class Measured:
     layers: list[float]
     device_bytes: int | None
     allocated_bytes: int | None
+    host_bytes: int
     taken: int
 
     @property
@@ -224,10 +226,12 @@ python {" ".join(sys.argv)}
 "Layer" is an inner layer's seconds. "Device" is the most memory that the card had in use beyond
 what it had before; "tensors" is the most that torch had allocated. "Whole" is extrapolated from the
 measured layers; embedding and start-up counted once. The memory of `oneshot` is that of the few
-layers: it holds the whole model.
+layers: it holds the whole model. "Host" is the process's highest resident size. "Expected" is what
+docs/capacity.md computes for the column before it.
 
-| engine | method | shape, layers | layer, s | tokens/s | BF16 rate | device | tensors | whole |
-|---|---|---|---:|---:|---:|---:|---:|---:|"""
+| engine | method | shape, layers | layer, s | tokens/s | BF16 rate | device | tensors | whole |\
+ expected tensors | host | expected |
+|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 
 def build(shape: Shape, folder: Path, samples: int, length: int) -> None:
@@ -264,19 +268,28 @@ def row(
     try:
         measured = measure(engine, method, folder, card)
     except Failed as failure:
-        return f"{start} {failure} | | | | | |"
+        return f"{start} {failure} | | | | | | | | |"
     tokens, seconds = samples * length, measured.inner
     speed = f"{tokens / seconds:,.0f}" if method != "fp8" else "no data"
     share = "–"
     if card is not None and card.rate is not None and engine == "stream" and method != "fp8":
         done = work(shape, tokens, length, measured.taken).operations(method)
         share = f"{done / seconds / card.rate:.1%}"
-    device, allocated = (
+    expected: tuple[int | None, int | None] = (None, None)
+    if engine == "stream":
+        expected = peaks(shape, method, samples, length, card and card.bytes)
+    device, allocated, host, on_host, on_device = (
         f"{size / 2**30:.1f} GiB" if size is not None else "–"
-        for size in (measured.device_bytes, measured.allocated_bytes)
+        for size in (
+            measured.device_bytes,
+            measured.allocated_bytes,
+            measured.host_bytes,
+            *expected,
+        )
     )
     whole = f"{measured.whole(shape.whole):,.0f} s from {shape.layers} layers"
-    return f"{start} {seconds:.3g} | {speed} | {share} | {device} | {allocated} | {whole} |"
+    columns = (f"{seconds:.3g}", speed, share, device, allocated, whole, on_device, host, on_host)
+    return f"{start} {' | '.join(columns)} |"
 
 
 def work(shape: Shape, tokens: int, length: int, taken: int) -> Work:
@@ -324,7 +337,8 @@ def measure(engine: str, method: str, folder: Path, card: Card | None) -> Measur
         record = place / "out" / "sensitivity.json"
         taken = json.loads(record.read_text())["tokens"] if record.exists() else 0
         peak = result.body["peak_device_bytes"] if card is not None else None
-        return Measured(result.body["seconds"], layers, most and most[0], peak, taken)
+        host = result.body["peak_memory_bytes"]
+        return Measured(result.body["seconds"], layers, most and most[0], peak, host, taken)
     finally:
         shutil.rmtree(place)
 

@@ -25,6 +25,7 @@ from quantize.errors import Interrupted, QuantizeError
 from quantize.findings import Finding, Told, raise_findings
 from quantize.header_checks import check_headers, notes_on_dtypes, promises_of
 from quantize.parallel_checks import cpu_kernel_findings
+from quantize.resource_checks import check_resources
 from quantize.source_checks import (
     check_lengths,
     check_parallel,
@@ -242,9 +243,10 @@ def on_card(now: Situation) -> Told:
 
 def on_resources(now: Situation, checkpoint: Checkpoint) -> Told:
     """Disk and memory."""
-    if not {"fetch", "compress"} & set(now.to_run):
-        return Told(skipped="the checkpoint is quantized already")
-    findings = parts.check_resources(checkpoint, now.resolved.recipe, now.store, now.to_run)
+    resolved = now.resolved
+    findings = check_resources(
+        checkpoint, resolved.recipe, now.store, now.to_run, resolved.accelerator
+    )
     return Told(findings)
 
 

@@ -123,14 +123,46 @@ def run(
 
 @main.command()
 @click.argument("recipe")
+@click.option(
+    "--price-per-hour",
+    "prices",
+    multiple=True,
+    metavar="[CARD=]PRICE",
+    help="Of the machine, or of what serves on CARD  [default: machine.price_per_hour]",
+)
+@click.option(
+    "--tokens-per-second",
+    "throughputs",
+    multiple=True,
+    metavar="[CARD=]RATE",
+    help="Throughput, for what a million tokens cost.",
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Take shapes from this config.json, for a checkpoint that is not here.",
+)
 @STORE
 @SET
 @JSON
-def plan(recipe: str, store_folder: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print the stages of RECIPE, their keys, what is done, and why the rest is not. Offline."""
+def plan(
+    recipe: str,
+    prices: tuple[str, ...],
+    throughputs: tuple[str, ...],
+    config: Path | None,
+    store_folder: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Print the stages of RECIPE, their keys, what is done, and why the rest is not. Offline.
+
+    Below: what each stage needs and costs, and which cards can quantize, measure and serve it;
+    computed, see docs/capacity.md.
+    """
     from quantize.session import Session
 
-    show_plan(Session.open(recipe, overrides, store_folder, online=False), as_json)
+    session = Session.open(recipe, overrides, store_folder, online=False)
+    show_plan(session, as_json, prices, throughputs, config)
 
 
 @main.command()
@@ -162,15 +194,29 @@ def check(
     return report.exit_code
 
 
-def show_plan(session: Any, as_json: bool) -> None:
-    """Print a session's plan as a table or as JSON."""
+def show_plan(
+    session: Any,
+    as_json: bool,
+    prices: tuple[str, ...] = (),
+    throughputs: tuple[str, ...] = (),
+    config: Path | None = None,
+) -> None:
+    """Print a session's plan and what it needs, as tables or as JSON."""
+    from quantize import costing
+    from quantize.report import capacity
     from quantize.report.tables import plan_json, plan_table, render
 
+    money = costing.money(prices, throughputs, session.resolved)
+    needed = costing.figures(session.resolved, session.plan, session.store, money, config)
     if as_json:
-        click.echo(json.dumps(plan_json(session.plan), indent=1))
+        figures = {"needs": capacity.planned_json(needed)}
+        click.echo(json.dumps(plan_json(session.plan) | figures, indent=1))
         return
     click.echo(render(plan_table(session.plan)), nl=False)
-    for note in session.plan.notes:
+    if needed.stages:
+        click.echo("\n" + render(capacity.figures_table(needed)), nl=False)
+        click.echo("\n" + render(capacity.cards_table(needed)), nl=False)
+    for note in (*session.plan.notes, *capacity.notes(needed)):
         click.echo(printable(f"note: {note}"))
 
 

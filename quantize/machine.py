@@ -38,14 +38,27 @@ def memory_bytes() -> int:
     return total
 
 
-def _gpus() -> str:
-    """The visible GPUs' count and name; without nvidia-smi (some containers) just `CUDA GPU`."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+def gpus() -> list[tuple[str, int]]:
+    """Name and memory in bytes of each visible GPU; empty without nvidia-smi (some containers)."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible}")
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in done.stdout.splitlines():
+        name, _, mebibytes = line.rpartition(",")
+        if name and mebibytes.strip().isdigit():
+            found.append((name.strip(), int(mebibytes) << 20))
+    return found
+
+
+def _gpus() -> str:
+    """The visible GPUs' count and name; without nvidia-smi just `CUDA GPU`."""
+    found = gpus()
+    if not found:
         return "CUDA GPU"
-    names = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    return f"{len(names)} × {names[0]}" if names else "CUDA GPU"
+    name, size = found[0]
+    return f"{len(found)} × {name}, {size >> 20} MiB"

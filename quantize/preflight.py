@@ -5,31 +5,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 
-from quantize.checkpoint import LAYER, Checkpoint
-from quantize.engine.support import why_not
-from quantize.errors import (
-    CredentialsError,
-    QuantizeError,
-    ResourceError,
-    SourceError,
-    TransientError,
-)
+from quantize.checkpoint import Checkpoint
+from quantize.errors import CredentialsError, QuantizeError, SourceError, TransientError
 from quantize.findings import Finding
-from quantize.machine import memory_bytes
-from quantize.recipe import Recipe
-from quantize.source_checks import promised_bytes
 from quantize.stages.base import Resolved
 from quantize.targets import Hub
 
 ALL = frozenset({"fetch", "adapter", "calibrate", "compress", "measure", "card", "publish"})
-
-SLACK_BYTES = 256 << 20
-"""Logs, samples and token ids of one run."""
 
 
 def check_texts(resolved: Resolved) -> list[Finding]:
@@ -83,79 +67,6 @@ def check_suite(checkpoint: Checkpoint, resolved: Resolved) -> list[Finding]:
     ]
 
 
-def check_resources(
-    checkpoint: Checkpoint, recipe: Recipe, store: Path, to_run: Collection[str]
-) -> list[Finding]:
-    """Disk for what the run writes, and memory for what it loads.
-
-    Disk: the artifact's tensors as the scheme promises, a merged checkpoint in BF16 where there is
-    an adapter, and SLACK_BYTES. Memory: what must be held at once (:func:`_held_at_once`);
-    without so much the machine cannot even begin.
-    """
-    findings = []
-    in_bf16 = 2 * checkpoint.parameters
-    needed = SLACK_BYTES
-    if "compress" in to_run:
-        needed += promised_bytes(checkpoint, recipe)
-    if "fetch" in to_run and recipe.model.merges:
-        needed += in_bf16
-    place = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        findings.append(
-            Finding(
-                f"the store {store} has {free} bytes free ({_gb(free)}), "
-                f"this run writes about {needed} ({_gb(needed)})",
-                "free some with `quantize store gc`, or name another place with --store",
-                ResourceError,
-            )
-        )
-    memory = memory_bytes()
-    held, what = _held_at_once(checkpoint, recipe, to_run)
-    if memory < held:
-        findings.append(
-            Finding(
-                f"this machine has {_gb(memory)} of memory, {what} alone takes {_gb(held)}",
-                "run on a machine with more memory",
-                ResourceError,
-            )
-        )
-    return findings
-
-
-def _held_at_once(
-    checkpoint: Checkpoint, recipe: Recipe, to_run: Collection[str]
-) -> tuple[int, str]:
-    """Bytes of weights that are in memory together, and what they are, in words.
-
-    llm-compressor holds the whole checkpoint in BF16. Merging an adapter holds it as it is stored,
-    and one layer in FP32 beside it. The streaming engine holds a layer and reads the next, or what
-    lies outside the layers.
-    """
-    quantize = recipe.quantize
-    layer, outside = _largest_parts(checkpoint)
-    if recipe.model.merges and "fetch" in to_run:
-        stored = max(checkpoint.weight_bytes, 2 * checkpoint.parameters)
-        return stored + 2 * layer, "the checkpoint with one layer in FP32"
-    streams = quantize.engine == "stream"
-    if not streams or why_not(checkpoint.architecture, quantize.ignore) is not None:
-        return 2 * checkpoint.parameters, "the checkpoint"
-    pair = 2 * layer
-    if pair > outside:
-        return pair, "a pair of layers"
-    return outside, "its embedding"
-
-
-def _largest_parts(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Bytes in BF16 of the largest layer, and of everything outside the layers."""
-    parts: Counter[str] = Counter()
-    for name, info in checkpoint.tensors.items():
-        layer = LAYER.search(name)
-        parts[name[: layer.end()] if layer else ""] += 2 * info.elements
-    outside = parts.pop("", 0)
-    return max(parts.values(), default=0), outside
-
-
 def check_hub_target(resolved: Resolved, hub: Hub, *, online: bool) -> list[Finding]:
     """Whether there is a token for the Hub, and whether the Hub says that the target fits."""
     from quantize.hub.client import access_from_environment  # only recipes that publish pay for it
@@ -193,7 +104,3 @@ def check_place(url: str) -> list[Finding]:
     except QuantizeError as error:
         return [Finding.of(error)]
     return []
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

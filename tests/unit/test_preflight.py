@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import pytest
 from checkpoints import (
+    HIDDEN,
     INTERMEDIATE,
     edit_json,
     llama_config,
@@ -16,8 +17,7 @@ from checkpoints import (
 )
 from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
 
-from quantize import calibration_checks
-from quantize import preflight as module
+from quantize import calibration_checks, resource_checks
 from quantize.checklist import preflight
 from quantize.checkpoint import read_checkpoint
 from quantize.errors import (
@@ -309,13 +309,18 @@ def test_messages_need_a_template_unless_an_adapter_may_bring_it(tmp_path: Path)
 
 def test_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint")
-    monkeypatch.setattr(module, "SLACK_BYTES", 1 << 60)
+    monkeypatch.setattr(resource_checks, "SLACK_BYTES", 1 << 60)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000})())
     with pytest.raises(ResourceError) as error:
         preflight(resolved(tmp_path, recipe(), model=folder), tmp_path / "a" / "store")
+    calibration = recipe().calibration
+    assert calibration is not None
+    tokens = calibration.samples * 128  # and their hidden states before and behind a layer
     needed = (1 << 60) + promised_bytes(read_checkpoint(folder), recipe())
+    needed += tokens * (12 + 2 * 2 * HIDDEN)
     assert f"this run writes about {needed}" in error.value.message
-    assert "a pair of layers alone takes" in error.value.message
+    assert "compress needs" in error.value.message
+    assert "the layer that is read ahead" in error.value.message
 
 
 @pytest.mark.parametrize(
@@ -333,14 +338,14 @@ def test_what_is_held_at_once(
     architecture: str,
     whole: bool,
 ) -> None:
-    """A checkpoint of eight layers takes four times what a pair of them takes."""
-    config = llama_config(layers=8) | {"architectures": [architecture]}
-    folder = write_checkpoint(tmp_path / "checkpoint", llama_tensors(layers=8), config)
+    """Half of a checkpoint of 30 layers holds a pair of them and what is computed of one."""
+    config = llama_config(layers=30) | {"architectures": [architecture]}
+    folder = write_checkpoint(tmp_path / "checkpoint", llama_tensors(layers=30), config)
     total = read_checkpoint(folder).weight_bytes // 2
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": total})())
     given = resolved(tmp_path, recipe(**awq(**keys)), model=folder)
     if whole:
-        with pytest.raises(ResourceError, match="the checkpoint alone takes"):
+        with pytest.raises(ResourceError, match=r"compress needs .* \(the checkpoint "):
             preflight(given, tmp_path)
     else:
         preflight(given, tmp_path)

@@ -16,8 +16,7 @@ What is left for the cache on one GPU, by vLLM's rule for `--gpu-memory-utilizat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 BF16_BYTES = 2
@@ -38,30 +37,6 @@ OTHER_CACHES = {
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Entries of a config's `layer_types` that keep keys and values."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Cards of one size; `gigabytes` (10^9 bytes) as their makers state it."""
-
-    gigabytes: int
-    names: str
-    source: str
-
-    @property
-    def bytes(self) -> int:
-        """Memory of one card."""
-        return self.gigabytes * 10**9
-
-
-GPUS = (
-    Gpu(24, "RTX 4090, L4", "https://www.nvidia.com/en-us/data-center/l4/"),
-    Gpu(48, "L40S", "https://www.nvidia.com/en-us/data-center/l40s/"),
-    Gpu(80, "A100 80GB, H100", "https://www.nvidia.com/en-us/data-center/h100/"),
-    Gpu(141, "H200", "https://www.nvidia.com/en-us/data-center/h200/"),
-    Gpu(192, "MI300X", "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html"),
-)
-"""Common cards, smallest first; the source is the maker's page of the last one named."""
 
 
 def attention(config: Mapping[str, Any]) -> dict[str, int] | str:
@@ -106,3 +81,53 @@ def cache_tokens(
     """Tokens of KV cache that fit on one GPU beside the weights; 0 where the weights do not fit."""
     left = utilization * gpu_bytes - weight_bytes - ALLOWANCE_BYTES
     return max(0, int(left // bytes_per_token))
+
+
+PARALLEL_SIZES = (1, 2, 4, 8, 16)
+"""Tensor-parallel sizes that are looked at: what one machine holds."""
+
+
+def share_bytes_per_token(
+    attention: Mapping[str, int], parallel: int, value_bytes: int = BF16_BYTES
+) -> int:
+    """What a token takes on each of `parallel` GPUs: heads are split, and at least one is kept.
+
+    vLLM copies a key-value head where there are more GPUs than heads (`get_num_kv_heads`).
+    """
+    heads = max(1, -(-attention["kv_heads"] // parallel))
+    return kv_bytes_per_token({**attention, "kv_heads": heads}, value_bytes)
+
+
+def context_tokens(
+    gpu_bytes: int,
+    utilization: float,
+    weight_bytes: int,
+    attention: Mapping[str, int],
+    parallel: int = 1,
+    value_bytes: int = BF16_BYTES,
+) -> int:
+    """Tokens of KV cache beside the weights on `parallel` GPUs; 0 where the weights do not fit.
+
+    Each GPU has its part of the weights (norms, kept whole, are left out of account: a 70B model
+    has 2.6 MB of them) and of every token's keys and values, and its own allowance.
+    """
+    each = -(-weight_bytes // parallel)
+    per_token = share_bytes_per_token(attention, parallel, value_bytes)
+    return cache_tokens(gpu_bytes, utilization, each, per_token)
+
+
+def least_gpus(
+    gpu_bytes: int,
+    utilization: float,
+    weight_bytes: int,
+    attention: Mapping[str, int],
+    tokens: int,
+    sizes: Iterable[int] = PARALLEL_SIZES,
+    value_bytes: int = BF16_BYTES,
+) -> int | None:
+    """The smallest of these tensor-parallel sizes that holds the weights and so many tokens."""
+    for size in sorted(sizes):
+        found = context_tokens(gpu_bytes, utilization, weight_bytes, attention, size, value_bytes)
+        if found >= max(1, tokens):
+            return size
+    return None

@@ -1,0 +1,39 @@
+"""How long the streaming engine takes on a GPU at least: operations over the card's rate.
+
+Useful floating-point operations of a layer, for T tokens in sequences of S, P numbers in the
+quantized linears and hidden size d (multiply and add are two), as in bench/engine_gpu.py:
+
+- a forward pass: 2 P T + 2 S d T; one, and a second with GPTQ;
+- Gram matrices: t n^2 for each distinct input of n columns, of the t tokens that are taken up (all
+  with GPTQ, about 8192 without);
+- GPTQ: n^3 / 3 for each factorisation and R n^2 for the columns of R rows.
+
+Divided by the card's dense BF16 rate: no run is faster. GPTQ's columns run in FP32 and one after
+another, and layers are read from a disk, so runs take several times as long.
+"""
+
+from __future__ import annotations
+
+from quantize.capacity.parts import Decoder
+from quantize.capacity.streaming import Run
+
+SAMPLED_TOKENS = 8192
+"""As in `engine.stream`; a test compares them."""
+
+
+def operations(model: Decoder, run: Run) -> float:
+    """Of all layers; 0 without calibration data."""
+    numbers = sum(linear.elements for linear in model.linears)
+    one_pass = 2 * (numbers + run.longest * model.hidden) * run.tokens
+    taken = run.tokens if run.gptq else min(run.tokens, SAMPLED_TOKENS)
+    inputs = [linears[0].columns for linears in model.units.values()]
+    layer = float(one_pass * (2 if run.gptq else 1) + sum(taken * n * n for n in inputs))
+    if run.gptq and run.tokens:
+        layer += sum(linear.rows * linear.columns**2 for linear in model.linears)
+        layer += sum(n**3 / 3 for n in inputs)
+    return model.layers * layer
+
+
+def least_seconds(model: Decoder, run: Run, bf16_tflops: float) -> float:
+    """Operations / rate, a lower bound."""
+    return operations(model, run) / (bf16_tflops * 1e12)
