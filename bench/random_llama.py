@@ -53,10 +53,6 @@ SHAPES = {
         Shape("8B", 4096, 14336, 32, 8, 128256, whole=32, layers=3),
         Shape("70B", 8192, 28672, 64, 8, 128256, whole=80, layers=2),
         Shape("tiny", 128, 384, 4, 2, 2048, whole=5, layers=3),
-        # for bench/memory.py: a wide MLP, a large vocabulary, Llama-3.2-1B's layers
-        Shape("narrow", 512, 4096, 8, 8, 4096, whole=16, layers=3),
-        Shape("vocabulary", 1024, 2816, 16, 4, 128256, whole=16, layers=2),
-        Shape("1B", 2048, 8192, 32, 8, 128256, whole=16, layers=2),
     )
 }
 
@@ -67,8 +63,11 @@ def build(shape: Shape, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU takes a minute for the 70B's
+
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=0.02)
+        empty = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+        return empty.normal_(std=0.02).cpu()
 
     def norm() -> torch.Tensor:
         return torch.empty(shape.hidden, dtype=torch.bfloat16).log_normal_(std=0.5)
