@@ -18,6 +18,7 @@ from checkpoints import (
 from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
 
 from quantize import calibration_checks, resource_checks
+from quantize.calibration_checks import check_calibration
 from quantize.checklist import preflight
 from quantize.checkpoint import read_checkpoint
 from quantize.errors import (
@@ -27,7 +28,6 @@ from quantize.errors import (
     SourceError,
     UsageError,
 )
-from quantize.preflight import check_calibration
 from quantize.recipe import Recipe
 from quantize.source_checks import check_checkpoint, check_source, promised_bytes
 from quantize.stages.base import Resolved
