@@ -34,8 +34,8 @@ class Tally:
     broken: list[tuple[Point, str]] = field(default_factory=list)
 
 
-def strike(bench: Bench, point: Point, tally: Tally) -> None:
-    """One kill, and the next run."""
+def strike(bench: Bench, point: Point, tally: Tally) -> str:
+    """One kill, and the next run; what became of it, in words."""
     bench.reset(point.stage)
     seconds = RUN_SECONDS.get(bench.stages[point.stage][0], OTHER_SECONDS)
     trace = bench.folder / "trace.txt"
@@ -45,7 +45,7 @@ def strike(bench: Bench, point: Point, tally: Tally) -> None:
         tally.missed += 1
         if ended.code != 0:
             raise Broken(f"nothing was killed and it ended with {ended.code}: {ended.err[-800:]}")
-        return
+        return "not reached"
     tally.kills += 1
     tally.calls[point.call] += 1
     tally.ours += ended.code in (-9, 137)
@@ -54,6 +54,7 @@ def strike(bench: Bench, point: Point, tally: Tally) -> None:
     tally.kept_parts += len(left.parts) + len(left.layers)
     tally.complete += left.complete
     after_the_next_run(bench, point.stage, left, bench.run(*only, seconds=seconds))
+    return f"exit {ended.code}, {len(left.layers) + len(left.parts)} parts kept"
 
 
 def count_calls(bench: Bench, stage: str) -> dict[str, int]:
@@ -80,7 +81,7 @@ def campaign(
         tally, started = Tally(stage), time.monotonic()
         for point in points.draw(stage, count_calls(bench, stage), number, seed):
             try:
-                strike(bench, point, tally)
+                say(f"  {point}: {strike(bench, point, tally)}")
             except Broken as problem:
                 tally.broken.append((point, str(problem)))
                 say(f"BROKEN {point}: {problem}")
