@@ -29,6 +29,7 @@ slow: venv      ## all tests, the slow ones too (over an hour)
 faults: venv    ## every fault: pushes, 500 kills, full and failing disks (hours)
 	$(BIN)/python -m tests.faults
 	$(BIN)/python -m tests.faults.disks
+	$(BIN)/python -m tests.faults.races
 	$(BIN)/python -m tests.faults.kills --kills 500
 
 lint: venv      ## format and fix what can be fixed

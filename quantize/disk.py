@@ -8,6 +8,7 @@ the kernel said in its own words, so that a failure without an errno is recogniz
 | ENOSPC, EDQUOT, EFBIG | ResourceError (4) | the same command fails again until there is room |
 | EIO, EUCLEAN, EBADMSG, ENODEV, ENXIO | ResourceError (4) | a dying disk is replaced, not retried |
 | EROFS, EACCES, EPERM | ResourceError (4) | permissions, or a disk that the kernel gave up |
+| ENOSYS, ENOLCK | ResourceError (4) | a file system without locks |
 | EMFILE, ENFILE, ENOMEM | ResourceError (4) | limits of the machine |
 | ESTALE, ETIMEDOUT, EREMOTEIO, EHOSTDOWN | TransientError (75) | a file server that was away |
 """
@@ -39,6 +40,10 @@ HINTS = {
     errno.EPERM: "give this user the permission, or name another place with --store",
     errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
     errno.ENFILE: "the machine has too many open files: end other programs",
+    **dict.fromkeys(
+        (errno.ENOSYS, errno.ENOLCK),
+        "this file system has no locks (flock): name a place on another one with --store",
+    ),
     errno.ENOMEM: "the machine has no memory left: end other programs",
 }
 

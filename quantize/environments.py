@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from quantize.disk import FULL, room, spoken
 from quantize.errors import ResourceError, UsageError
 from quantize.keys import digest
 from quantize.liveness import DEFAULT_PATIENCE, guard
+from quantize.locks import lock_on
 from quantize.process import Process, index_variables
 from quantize.progress import Progress
 from quantize.protocol import write_json
@@ -151,7 +153,7 @@ class Environments:
         if self.installed(name):
             return self.python(name)
         final.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(final.with_name(f".{final.name}.lock"))
+        lock = lock_on(final.with_name(f".{final.name}.lock"))
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
@@ -200,7 +202,7 @@ class Environments:
                     return
                 reason = process.tail()
         raise ResourceError(
-            f"cannot create environment {environment.name} for {wanted}:\n{reason}",
+            f"cannot create environment {environment.name} for {wanted}:\n{self._said(reason)}",
             f"install it (uv python install {environment.python}), or see the lines above",
         )
 
@@ -236,9 +238,14 @@ class Environments:
 
             if process.wait(tick) != 0:
                 raise ResourceError(
-                    f"environment {environment.name} does not install:\n{process.tail()}",
+                    f"environment {environment.name} does not install:\n"
+                    f"{self._said(process.tail())}",
                     f"the whole log is {log}; `quantize setup` tries again from where it was",
                 )
+
+    def _said(self, tail: str) -> str:
+        """Uv's last lines; where they tell of a full disk, what is free where it installs."""
+        return f"{tail}\n{room(self.cache)}" if spoken(tail) in FULL else tail
 
     def _check(
         self, environment: Environment, staging: Path, progress: Progress, log: Path

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from quantize.disk import FULL, room
 from quantize.errors import ConflictError, ResourceError, UsageError
 from quantize.findings import Finding
 from quantize.listing import LISTING, damage, not_as_made, parse_listing
+from quantize.locks import lock_on
 from quantize.store import FileEntry, fsync
 
 CHUNK_BYTES = 1 << 20
@@ -50,7 +49,7 @@ def publish_folder(
     old = target.with_name(f".{target.name}.quantize-old")
     total = sum(entry.bytes for entry in files)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with lock_on(lock):
         try:
             _clean_up(target, new, old)
             _refuse_files_of_others(target)

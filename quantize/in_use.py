@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from quantize.locks import lock_on
 from quantize.protocol import write_json
 
 
@@ -37,7 +38,7 @@ def announced(
 ) -> Iterator[None]:
     """Keep these artifacts and the run's folder from being collected until the block is left."""
     path = _folder(root) / f"{secrets.token_hex(8)}.json"
-    lock = FileLock(path.with_suffix(".lock"))
+    lock = lock_on(path.with_suffix(".lock"))
     with _gate(root, on_wait):
         write_json(path, {"artifacts": [list(pair) for pair in artifacts], "folder": str(folder)})
         lock.acquire()
@@ -58,7 +59,7 @@ def _in_use(root: Path) -> InUse:
     artifacts: set[tuple[str, str]] = set()
     folders: set[Path] = set()
     for path in sorted(_folder(root).glob("*.json")):
-        lock = FileLock(path.with_suffix(".lock"))
+        lock = lock_on(path.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:  # it lives
@@ -82,7 +83,7 @@ def _forget(path: Path, lock: FileLock) -> None:
 @contextlib.contextmanager
 def _gate(root: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     _folder(root).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / ".locks" / "collection.lock")
+    lock = lock_on(root / ".locks" / "collection.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:

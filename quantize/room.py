@@ -27,8 +27,10 @@ def room_needed(
         whole = _whole(entry, resolved, artifacts)
     if whole is None:
         return None
-    staged = store.root / entry.kind / ".staging" / str(entry.key) / "files"
-    return max(whole - written_bytes(staged), 1)
+    staged = store.root / entry.kind / ".staging" / str(entry.key)
+    # finished layers lie in the scratch folder until they are assembled, then in both by one inode
+    layers = sum(path.stat().st_size for path in staged.glob("work/stream/part-*.safetensors"))
+    return max(whole - max(written_bytes(staged / "files"), layers), 1)
 
 
 def _whole(entry: StageEntry, resolved: Resolved, artifacts: Mapping[str, Artifact]) -> int | None:

@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from quantize.disk import UNREADABLE
 from quantize.errors import QuantizeError, ResourceError, ToolError
 from quantize.hash_cache import HashCache, Stamp, stamp_of
 from quantize.keys import file_sha256
+from quantize.locks import lock_on
 from quantize.protocol import write_json
 
 MANIFEST = "manifest.json"
@@ -224,7 +225,7 @@ class Store:
         """
         yield from sorted(p for p in (self.root / ".damaged").glob("*/*") if p.is_dir())
         for folder in sorted(p for p in self.root.glob("*/.staging/*") if p.is_dir()):
-            lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+            lock = lock_on(folder.with_name(f"{folder.name}.lock"))
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 yield folder
 
@@ -232,7 +233,7 @@ class Store:
         """Remove what a run left that was killed after its commit; nobody goes on from it."""
         folder = self.root / kind / ".staging" / key
         if folder.exists():
-            lock = FileLock(folder.with_name(f"{key}.lock"))
+            lock = lock_on(folder.with_name(f"{key}.lock"))
             with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -255,7 +256,7 @@ class Store:
         """
         folder = self.root / kind / ".staging" / key
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{key}.lock"))
+        lock = lock_on(folder.with_name(f"{key}.lock"))
         try:
             try:
                 lock.acquire(timeout=0)

@@ -23,8 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
-
 from quantize.bucket.client import (
     Place,
     RemoteFile,
@@ -43,6 +41,7 @@ from quantize.bucket.errors import TRY_AGAIN
 from quantize.errors import ConflictError, ToolError
 from quantize.keys import file_sha256
 from quantize.listing import LISTING, not_as_made, parse_listing
+from quantize.locks import lock_on
 from quantize.store import FileEntry
 
 PUBLISHING = "quantize/publishing.json"
@@ -113,7 +112,7 @@ def publish_url(
     entries = {entry.name: entry for entry in files if entry.name != LISTING}
     local = _Local(entries, paths, place.part_bytes)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with lock_on(lock):
         found = _find(place)
         _refuse_files_of_others(place, found)
         add = [name for name in sorted(entries) if not _holds(place, found, local, name)]

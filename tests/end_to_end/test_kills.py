@@ -13,7 +13,7 @@ from tests.faults.kills.campaign import campaign
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]  # minutes on a busy machine
 
-KILLS = {"fetch": 3, "calibrate": 1, "compress": 2, "audit": 2, "card": 2, "publish": 3}
+KILLS = {"fetch": 3, "calibrate": 1, "compress": 1, "audit": 2, "card": 2, "publish": 3}
 SEED = 4
 
 
@@ -45,11 +45,10 @@ def test_a_disk_that_fails(name: str, bench: Bench) -> None:
 
 @pytest.mark.skipif(bool(full.why_not()), reason=full.why_not())
 def test_a_full_disk_costs_nothing_that_is_finished(bench: Bench) -> None:
-    said: list[str] = []
     most = 3 * sum(artifact.manifest.total_bytes for artifact in bench.clean.artifacts())
     disk = full.FullDisk(bench)
-    found = [disk.run(size) for size in (0, most // 3, most)]
-    assert [one.code for one in found][:2] == [4, 4], said
-    assert found[0].done == ()
-    assert set(found[1].done) >= {"fetch", "calibrate"}
+    small = disk.run(most // 6)
+    assert small.code == 4
+    assert set(small.done) >= {"fetch", "calibrate"}
+    assert "publish" not in small.done
     assert "bytes free" in disk.preflight(100 << 20)

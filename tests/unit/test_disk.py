@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from quantize.cli import main
 from quantize.disk import HINTS, SPOKEN, fault, room, spoken
 from quantize.errors import ResourceError, TransientError
 from quantize.progress import LineView, Progress
 from quantize.protocol import write_atomic
 from quantize.refusals import refusal, refusals
 from quantize.runner import _Tail
+from quantize.store import Store
 
 
 @pytest.mark.parametrize("number", sorted(HINTS))
@@ -109,3 +111,25 @@ def test_no_inode_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     none = os.statvfs_result((*found[:5], found.f_files, 0, 0, *found[8:]))
     monkeypatch.setattr(os, "statvfs", lambda place: none)
     assert "no inode for another file" in room(tmp_path / "not there yet")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, 4), (errno.ESTALE, 75), (errno.ENOENT, 1)]
+)
+def test_every_command_ends_with_the_code_of_a_refusal(
+    number: int,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(store: Store) -> None:
+        raise OSError(number, os.strerror(number), "manifest.json")
+
+    monkeypatch.setattr(Store, "artifacts", refuse)
+    with pytest.raises(SystemExit) as caught:
+        main.main(["store", "ls", "--store", str(tmp_path)])
+    assert caught.value.code == code
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == (code == 1)
+    assert ("next: " in said) == (code != 1)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from quantize import store as module
+from quantize.cli import main
 from quantize.errors import SourceError
 from quantize.hash_cache import HashCache
 from quantize.store import MANIFEST, Store
@@ -300,3 +301,18 @@ def test_scratch_of_a_run_that_was_killed_after_its_commit_goes(tmp_path: Path) 
     with store.staging(KIND, "a") as staging:
         store.drop_scratch(KIND, "a")  # another run works there
         assert staging.work.is_dir()
+
+
+@pytest.mark.parametrize("spoil", [empty_manifest, cut_manifest, other_schema, no_manifest])
+def test_a_folder_without_a_readable_manifest_is_named_by_verify(
+    spoil: Callable[[Path, int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    path = make(store)
+    assert list(store.unreadable()) == []
+    spoil(path / "weights", 7)
+    assert list(store.unreadable()) == [path]
+    with pytest.raises(SystemExit) as caught:
+        main.main(["store", "verify", "--store", str(tmp_path)])
+    assert caught.value.code == 3
+    assert f"{path}: no readable manifest" in capsys.readouterr().out

@@ -77,7 +77,7 @@ class Bench:
     def planned(self) -> dict[str, tuple[str, str]]:
         """(kind, key) of every stage by its id, in the plan's order."""
         done = subprocess.run(
-            [*self._command("plan", self.clean), "--json"],
+            [*self.command("plan", self.clean), "--json"],
             cwd=self.folder,
             env=self.environment(),
             capture_output=True,
@@ -113,7 +113,7 @@ class Bench:
         python: Sequence[str] = MODULE,
     ) -> Ended:
         """One `quantize run`; Broken when it does not end, or leaves a process behind."""
-        command = [*under, *self._command("run", self.store, python), "--json", *arguments]
+        command = [*under, *self.command("run", self.store, python), "--json", *arguments]
         process = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -129,7 +129,7 @@ class Bench:
             self._end_all()
             process.communicate()
             raise Broken(f"the run did not end within {seconds:.0f} s") from error
-        self._nobody_survives()
+        self.nobody_survives()
         return Ended(process.returncode, out, err)
 
     def environment(self) -> dict[str, str]:
@@ -144,7 +144,8 @@ class Bench:
         }
         return {**kept, **ours}
 
-    def _command(self, what: str, store: Store, python: Sequence[str] = MODULE) -> list[str]:
+    def command(self, what: str, store: Store, python: Sequence[str] = MODULE) -> list[str]:
+        """`quantize WHAT` of the recipe, on a store."""
         command = [*python, what, "tiny-llama-gptq"]
         command += ["--store", str(store.root), "--set", f"publish.folder={self.published}"]
         for value in self.sets:
@@ -162,7 +163,8 @@ class Bench:
                 continue
         return [p for p in found if _lives(p)]
 
-    def _nobody_survives(self) -> None:
+    def nobody_survives(self) -> None:
+        """Wait until every process of the trial is gone; Broken when one stays."""
         deadline = time.monotonic() + GONE_SECONDS
         while left := self._marked():
             if time.monotonic() > deadline:
