@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test unit slow faults lint locks schema clean
+.PHONY: help venv demo test unit slow faults survivors lint locks schema clean
 
 help:           ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,6 +28,9 @@ slow: venv      ## all tests, the slow ones too (over an hour)
 
 faults: venv    ## pushes under every planned fault, both majors of huggingface_hub
 	$(BIN)/python -m tests.faults
+
+survivors: venv ## a hundred random kills of real runs: nothing survives (an hour or more)
+	$(BIN)/python -m tests.faults.survivors
 
 lint: venv      ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from quantize import stop
 from quantize.errors import ResourceError, ToolError
 from quantize.keys import file_sha256
 from quantize.protocol import write_json
@@ -270,10 +271,11 @@ class Store:
         for folder, _, _ in os.walk(staging.files):
             fsync(Path(folder))
         final = self.path(staging.kind, staging.key)
-        if final.exists():  # damaged or stale, or it would have been found: we hold the lock
-            self.set_aside(staging.kind, staging.key)
-        os.rename(staging.files, final)
-        fsync(final.parent)
+        with stop.held():  # complete or absent, and the earlier one not away without need
+            if final.exists():  # damaged or stale, or it would have been found: we hold the lock
+                self.set_aside(staging.kind, staging.key)
+            os.rename(staging.files, final)
+            fsync(final.parent)
         shutil.rmtree(staging.folder, ignore_errors=True)
         return Artifact(final, manifest)
 
