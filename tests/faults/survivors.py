@@ -1,12 +1,13 @@
 """Kills real runs at random moments: nothing survives, no port is held, the next run goes on.
 
-``python -m tests.faults.survivors --kills 100 [--seed 0] [--minutes 20]``
+``python -m tests.faults.survivors --kills 100 [--seed 0] [--minutes 20] [--store FOLDER]``
 
 Each trial starts the tiny GPTQ recipe, waits for a random time, and kills: the run (SIGKILL, or
 SIGTERM, SIGUSR1 or SIGINT, after which it must end with 75 in 20 s), a supervisor, or a process of
 a tool (SIGKILL to the engine, a worker, ...). This process is a child subreaper: whatever
 loses its parent becomes its child, so what survives cannot hide. The trials share a store, as a
-scheduler's repeated attempts do; when a run has finished, the next begins with an empty one.
+scheduler's repeated attempts do; when a run has finished, the next begins with an empty one, or
+with a copy of FOLDER, so that later stages are reached sooner.
 """
 
 from __future__ import annotations
@@ -68,11 +69,18 @@ class Trial:
 class Campaign:
     """A store, and the kills that are done to the runs that fill it."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.store = folder, folder / "store"
+    def __init__(self, folder: Path, seed: int, template: Path | None) -> None:
+        self.folder, self.store, self.template = folder, folder / "store", template
+        self.begin_anew()
         self.random = random.Random(seed)
         self.trials: list[Trial] = []
         self.finished = 0  # runs that came to their end
+
+    def begin_anew(self) -> None:
+        shutil.rmtree(self.store, ignore_errors=True)
+        if self.template is not None:
+            skip = shutil.ignore_patterns(".runs", ".staging")
+            shutil.copytree(self.template, self.store, ignore=skip)
 
     def trial(self) -> Trial:
         """One run, one kill."""
@@ -92,7 +100,9 @@ class Campaign:
             trial.stage = self.stage(process.pid)
             self.kill(trial, process)
         changed = [path for path, when in before.items() if self.artifacts().get(path) != when]
-        if changed and not trial.kind.startswith("end"):
+        if self.template is not None:  # a copied store's sources may lie elsewhere
+            changed = [path for path in changed if "/fetch/" not in path]
+        if changed and trial.kind != "end":
             trial.problems.append(f"made again: {changed}")
         self.trials.append(trial)
         return trial
@@ -175,7 +185,7 @@ class Campaign:
             said = (self.folder / "said").read_text(errors="replace")
             trial.problems.append(f"a run by itself ended with {process.returncode}: {said[-600:]}")
         self.finished += 1
-        shutil.rmtree(self.store, ignore_errors=True)
+        self.begin_anew()
 
     def newest(self) -> Path | None:
         folders = list((self.store / ".runs").glob("*"))
@@ -241,10 +251,12 @@ def is_free(port: int) -> bool:
     return True
 
 
-def campaign(folder: Path, kills: int, seed: int, minutes: float) -> Campaign:
+def campaign(
+    folder: Path, kills: int, seed: int, minutes: float, template: Path | None
+) -> Campaign:
     """So many kills, or as many as there is time for."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    work, deadline = Campaign(folder, seed), time.monotonic() + 60 * minutes
+    work, deadline = Campaign(folder, seed, template), time.monotonic() + 60 * minutes
     while len(work.trials) - work.finished < kills and time.monotonic() < deadline:
         print(work.trial().line(), flush=True)
     return work
@@ -257,9 +269,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=120.0, help="start no trial after these")
+    parser.add_argument("--store", type=Path, help="begin with a copy of it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        work = campaign(Path(folder), arguments.kills, arguments.seed, arguments.minutes)
+        limits = (arguments.kills, arguments.seed, arguments.minutes)
+        work = campaign(Path(folder), *limits, arguments.store)
         print(work.summary())
     sys.exit(1 if any(trial.problems for trial in work.trials) else 0)
 
