@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test unit slow faults lint locks schema clean
+.PHONY: help venv demo test unit slow faults survivors lint locks schema clean
 
 help:           ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,9 @@ faults: venv    ## every fault: pushes, 500 kills, full and failing disks (hours
 	$(BIN)/python -m tests.faults.disks
 	$(BIN)/python -m tests.faults.races
 	$(BIN)/python -m tests.faults.kills --kills 500
+
+survivors: venv ## a hundred random kills of real runs: nothing survives (an hour or more)
+	$(BIN)/python -m tests.faults.survivors
 
 lint: venv      ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from quantize import control_group
+from quantize import control_group, stop
 from quantize.errors import Interrupted, Said, UsageError
 from quantize.gpu_processes import gpu_processes, used_bytes
 from quantize.protocol import write_json
@@ -153,6 +153,8 @@ class Status:
         found = {**self._facts, "time": time.time(), "elapsed_seconds": round(elapsed, 1)}
         found["progressed"] = self._progressed
         found |= self._stage | self._step | {"memory": self.memory.json()}
+        if tools := stop.children():
+            found["supervisors"] = sorted(tools)
         if self._price is not None:
             found["cost"] = self.cost(elapsed)
         return found | self._end

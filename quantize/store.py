@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import Timeout
 
+from quantize import stop
 from quantize.disk import UNREADABLE
 from quantize.errors import QuantizeError, ResourceError, ToolError
 from quantize.hash_cache import HashCache, Stamp, stamp_of
@@ -321,10 +322,11 @@ class Store:
         for folder, _, _ in os.walk(staging.files):
             _sync(Path(folder), staging)
         final = self.path(staging.kind, staging.key)
-        if final.exists():  # damaged or stale, or it would have been found: we hold the lock
-            self.set_aside(staging.kind, staging.key)
-        os.rename(staging.files, final)
-        fsync(final.parent)
+        with stop.held():  # complete or absent, and the earlier one not away without need
+            if final.exists():  # damaged or stale, or it would have been found: we hold the lock
+                self.set_aside(staging.kind, staging.key)
+            os.rename(staging.files, final)
+            fsync(final.parent)
         shutil.rmtree(staging.folder, ignore_errors=True)
         artifact = Artifact(final, manifest)
         self._remember(artifact, stamps)

@@ -145,6 +145,33 @@ class TestBadInput:
         self.run(quantize, recipe, 3, "96", "256")
 
 
+def test_a_run_that_fails_says_so_where_a_scheduler_looks(quantize, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = copied_recipe(tmp_path, "group_size: 128", "group_size: 96")
+    done = quantize("run", str(recipe), "--status", "now.json", "--metrics", "textfile/now.prom")
+    assert done.code == 3
+    status = json.loads((tmp_path / "now.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert status["error"]["kind"] == "SourceError"
+    assert "96" in status["error"]["message"]
+    run = Path(status["run"])
+    assert json.loads((run / "status.json").read_text()) == status
+    result = json.loads((run / "result.json").read_text())
+    assert (result["exit_code"], result["error"]) == (3, status["error"])
+    assert result["memory"]
+    assert (result["pid"], result["host"]) == (status["pid"], status["host"])
+    metrics = (tmp_path / "textfile" / "now.prom").read_text()
+    assert 'quantize_exit_code{recipe="tiny-llama-awq"} 3.0' in metrics
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--metrics", "now.txt"), ("--status", "/dev/null/now.json")]
+)
+def test_status_files_that_cannot_be(arguments: tuple[str, str], quantize) -> None:  # type: ignore[no-untyped-def]
+    done = quantize("run", "tiny-llama-awq", *arguments)
+    assert done.code == 2
+    assert "next: name" in done.err
+
+
 def test_schema_is_what_the_repository_ships(quantize) -> None:  # type: ignore[no-untyped-def]
     done = quantize("schema")
     assert done.out == (ROOT / "recipes" / "recipe.schema.json").read_text()

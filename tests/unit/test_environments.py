@@ -181,7 +181,7 @@ def test_another_lock_is_another_folder(toy: Toy, monkeypatch: pytest.MonkeyPatc
     [
         ("toy==9.9\n", r"(?s)environment toy does not install:\n.*toy.*9\.9"),
         ("toy==2.0\n", r"(?s)installed but does not work:\n.*libtoy.so.2: cannot open"),
-        ("toy==3.0\n", r"(?s)installed but does not work:\nimporting 'import toy' ended .* 139"),
+        ("toy==3.0\n", r"installed but does not work:\nFatal Python error: Segmentation fault"),
     ],
 )
 def test_what_does_not_work_is_not_installed(lock: str, message: str, toy: Toy) -> None:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from quantize import status as module
 from quantize.errors import GateError, Interrupted, UsageError
 from quantize.metrics_file import check_name, write_metrics
+from quantize.process import Process
 from quantize.progress import LineView, Progress
 from quantize.status import Memory, Status, resident_bytes
 
@@ -143,6 +144,13 @@ def test_cost_is_price_by_time_and_absent_without_a_price(tmp_path: Path) -> Non
     status = Status([], FACTS, price_per_hour=7.2)
     assert status.cost(1800) == 3.6
     assert status.json()["cost"] == pytest.approx(0, abs=0.01)
+
+
+def test_the_supervisors_of_tools_are_named(tmp_path: Path) -> None:
+    status = Status([], FACTS)
+    with Process(["sleep", "60"], log=tmp_path / "log") as process:
+        assert process.pid in status.json()["supervisors"]
+    assert process.pid not in status.json().get("supervisors", [])
 
 
 HOLDS = "import sys; held = bytearray({size}); print(1, flush=True); sys.stdin.readline()"
