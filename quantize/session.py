@@ -153,7 +153,7 @@ class Session:
         checked = preflight(
             self.resolved,
             self.store.root,
-            {entry.kind for entry in entries},
+            {entry.kind for entry in entries} | {entry.id for entry in entries},
             environments=self.environments,
             wanted=[name for entry in entries for name in entry.environments],
         )

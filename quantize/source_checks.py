@@ -201,9 +201,15 @@ def _said(form: WeightFormat | None) -> str:
     return f"in {form.scheme}" + (f" with groups of {form.group_size}" if form.group_size else "")
 
 
-def tensor_parallel_faults(checkpoint: Checkpoint, quantize: Quantize, size: int) -> list[str]:
-    """What does not split evenly over `size` GPUs; see :mod:`quantize.parallel_checks`."""
-    return parallel_faults(checkpoint, chosen_weights(checkpoint, quantize), size)
+def tensor_parallel_faults(
+    checkpoint: Checkpoint, quantize: Quantize | None, size: int
+) -> list[str]:
+    """What does not split evenly over `size` GPUs; see :mod:`quantize.parallel_checks`.
+
+    Without a `quantize` block, of the checkpoint in BF16: its heads.
+    """
+    chosen = [] if quantize is None else chosen_weights(checkpoint, quantize)
+    return parallel_faults(checkpoint, chosen, size)
 
 
 def check_lengths(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
