@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.checklist import CHECKS, Checked, Situation, survey
+from quantize.checklist import CHECKS, Checked, survey
 from quantize.errors import UsageError
 from quantize.findings import Faults, Finding, Told, error_of
-from quantize.planner import plan
-from quantize.session import Inputs, offline_after
+from quantize.session import Inputs, whole_situation
 
 INPUTS = "inputs"
 """The row of files, folders and repositories that the recipe names (:mod:`quantize.resolve`)."""
@@ -74,14 +73,6 @@ def check_recipe(
         unread = Told(unchecked="the recipe cannot be read")
         rest = [Checked(name, unread) for name in (INPUTS, *(check.name for check in CHECKS))]
         return Report(recipe, (Checked("recipe", Told([Finding.of(error)])), *rest))
-    made = plan(inputs.resolved, inputs.environments.lock_digest)
-    wanted = tuple(name for entry in made.stages for name in entry.environments)
-    now = Situation(
-        inputs.resolved,
-        inputs.store.root,
-        online=online and not offline_after(faults),
-        environments=inputs.environments,
-        wanted=wanted,
-    )
+    now, made = whole_situation(inputs, faults, online=online)
     found = [Checked("recipe", Told()), Checked(INPUTS, Told(faults.findings))]
     return Report(inputs.resolved.recipe.name, (*found, *survey(now)), made.notes)

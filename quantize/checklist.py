@@ -45,7 +45,7 @@ class Situation:
 
     resolved: Resolved
     store: Path  # need not exist yet
-    to_run: Collection[str] = ALL  # kinds of the stages that are not done
+    to_run: Collection[str] = ALL  # kinds, and ids where known, of the stages that are not done
     online: bool = True
     environments: Environments | None = None
     wanted: tuple[str, ...] = ()  # names of the environments that the run enters

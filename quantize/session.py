@@ -124,9 +124,19 @@ class Inputs:
         return cls(resolved, Environments(here, cache_folder(), own), open_store(store_folder))
 
 
-def offline_after(faults: Faults) -> bool:
-    """Whether the Hub did not answer, so that asking again only costs time."""
-    return any(isinstance(error, TransientError) for error in faults.errors)
+def whole_situation(read: Inputs, faults: Faults, *, online: bool) -> tuple[Situation, Plan]:
+    """For the checks of all stages, and the plan; a Hub that did not answer is not asked again."""
+    made = plan(read.resolved, read.environments.lock_digest)
+    asks = online and not any(isinstance(error, TransientError) for error in faults.errors)
+    wanted = tuple(name for entry in made.stages for name in entry.environments)
+    now = Situation(
+        read.resolved,
+        read.store.root,
+        online=asks,
+        environments=read.environments,
+        wanted=wanted,
+    )
+    return now, made
 
 
 @dataclass
@@ -151,8 +161,7 @@ class Session:
         read = Inputs.read(recipe, overrides, store_folder, online=online, faults=faults)
         resolved, environments, store = read.resolved, read.environments, read.store
         if faults.errors and online:
-            asks = not offline_after(faults)
-            checked = survey(Situation(resolved, store.root, online=asks))
+            checked = survey(whole_situation(read, faults, online=online)[0])
             others = [finding for one in checked for finding in one.told.findings]
             raise_findings([*faults.findings, *others] if others else ())
         faults.raise_all()
@@ -225,7 +234,7 @@ class Session:
         checked = preflight(
             self.resolved,
             self.store.root,
-            {entry.kind for entry in entries},
+            {entry.kind for entry in entries} | {entry.id for entry in entries},
             environments=self.environments,
             wanted=[name for entry in entries for name in entry.environments],
         )

@@ -45,6 +45,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> Told:
     try:
         vocabulary = read_vocabulary(checkpoint.folder, told)
         if vocabulary is not None:
+            vocabulary.added = _decoder_tokens(checkpoint.folder) | vocabulary.added
             _check_ids(checkpoint, vocabulary, rows, told)
             _check_named(checkpoint.folder, vocabulary, rows, told)
     except SourceError as error:
@@ -105,6 +106,17 @@ def _fast(path: Path) -> Vocabulary:
         if isinstance(token, dict)
     }
     return Vocabulary(path.name, base, _whole(added, path))
+
+
+def _decoder_tokens(folder: Path) -> dict[str, int]:
+    """Added tokens that tokenizer_config.json lists by id, as older tokenizers keep them."""
+    path = folder / "tokenizer_config.json"
+    stated = read_json_object(path).get("added_tokens_decoder") if path.is_file() else None
+    return {
+        str(token["content"]): int(number)
+        for number, token in (stated.items() if isinstance(stated, dict) else ())
+        if number.isdigit() and isinstance(token, dict) and "content" in token
+    }
 
 
 def _whole(tokens: Mapping[str, Any], path: Path) -> dict[str, int]:

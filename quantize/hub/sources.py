@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from quantize.errors import QuantizeError, ResourceError, TransientError
 from quantize.findings import Finding, Told
-from quantize.hub.client import Access, access_from_environment, call
+from quantize.hub.client import Access, access_from_environment, call, client
 from quantize.hub.outline import bring_outline, remote_checkpoint_files
-from quantize.hub.repository import RemoteFile, RepoType, list_files
+from quantize.hub.repository import RemoteFile, RepoType
 from quantize.model_files import CHECKPOINT_FILES, any_match
 from quantize.stages.base import Resolved
+
+OPEN_FILES = ("README.md", ".gitattributes", "LICENSE*")
+PAGE = 1000
+"""Entries of a listing that come with one request."""
 
 
 def check_sources(
@@ -55,7 +60,7 @@ def _check_model(
     access: Access, repo: str, commit: str, store: Path, outline: Path, told: Told
 ) -> None:
     files = remote_checkpoint_files(access, repo, commit)
-    _check_file(access, repo, commit, next(iter(sorted(files)), None), "model")
+    _check_file(access, repo, commit, _behind_gate(files), "model")
     bring_outline(access, repo, commit, files, outline)
     needed = _download_bytes(files)
     place = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
@@ -77,8 +82,28 @@ def _download_bytes(files: Mapping[str, RemoteFile]) -> int:
 
 def _check_readable(access: Access, repo: str, commit: str, kind: RepoType) -> None:
     """The commit is there, and its files may be read: a gate shows at a file alone."""
-    listed = list_files(access, repo, commit, kind)
-    _check_file(access, repo, commit, next(iter(sorted(listed)), None), kind)
+    _check_file(access, repo, commit, _some_file(access, repo, commit, kind), kind)
+
+
+def _some_file(access: Access, repo: str, commit: str, kind: RepoType) -> str | None:
+    """A file behind the gate, if there is one; of a large data set the first page is enough."""
+    from huggingface_hub.hf_api import RepoFile
+
+    api = client(access)
+
+    def ask() -> str | None:
+        entries = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
+        page = itertools.islice((e.path for e in entries if isinstance(e, RepoFile)), PAGE)
+        return _behind_gate(list(page))
+
+    return call(access, f"listing {repo} at {commit[:12]}", ask)
+
+
+def _behind_gate(names: Collection[str]) -> str | None:
+    """A file that a gated repository may refuse: not its card, which everybody may read."""
+    others = [name for name in names if not any_match(name, OPEN_FILES)]
+    weights = [name for name in others if name.endswith(".safetensors")]
+    return min(weights or others or names, default=None)
 
 
 def _check_file(access: Access, repo: str, commit: str, name: str | None, kind: RepoType) -> None:

@@ -255,6 +255,27 @@ def test_what_is_not_there(
     assert report.exit_code == code
 
 
+def test_a_gated_data_set(tmp_path: Path, on_hub: Any) -> None:
+    folder, recipe = on_hub
+    from tests.hub_server.repos import File
+
+    with hub_server() as server:
+        publish(server, folder)
+        rows = server.hub.create("dataset", "acme/rows", private=False)
+        rows.gated = "manual"
+        files = {"README.md": File(b"# Rows", lfs=False), "rows.jsonl": File(b"{}", lfs=False)}
+        commit = rows.commit("main", files, "all")
+        path = recipe(server)
+        stated = json.loads(Path(path).read_text())
+        stated["calibration"] |= {"source": "acme/rows", "revision": commit}
+        write_json(Path(path), stated)
+        report = check(tmp_path, path)
+    assert f"accept its terms at {server.endpoint}/datasets/acme/rows" in messages(report)
+    assert report.exit_code == 5
+    asked = [seen.path for seen in server.seen if "rows/resolve" in seen.path]
+    assert all(path.endswith("rows.jsonl") for path in asked)
+
+
 def test_a_hub_that_does_not_answer_is_asked_once(
     tmp_path: Path, on_hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

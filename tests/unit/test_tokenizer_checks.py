@@ -116,6 +116,16 @@ def test_vocab_json_with_added_tokens(folder: Path) -> None:
     assert "vocab.json has the token 'word96'" in told(folder).findings[0].message
 
 
+def test_added_tokens_of_an_older_tokenizer(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", {"pad_token": "[PAD]"})
+    listed = {"92": {"content": "[PAD]"}, "x": {"content": "no id"}, "93": "no token"}
+    edit_json(folder / "tokenizer_config.json", {"added_tokens_decoder": listed})
+    assert told(folder) == Told()
+    edit_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {"96": listed["92"]}})
+    assert "'[PAD]' with the id 96 beyond the 96 rows" in told(folder).notes[0]
+    assert told(folder).findings == []  # nothing is padded with it here
+
+
 def test_a_sentencepiece_model_alone(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     model = ROOT / "examples/tiny_llama/instruct/tokenizer.model"
