@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import QuantizeError, ResourceError, SourceError, UsageError
+from quantize.errors import QuantizeError, SourceError, UsageError
 from quantize.protocol import write_atomic
 from quantize.records import CompareRecord, Details, MeasureRecord
 from quantize.report.page.shape import problems
 from quantize.report.page.subject import Subject
 from quantize.stages.card import SCHEMA
 from quantize.store import Manifest, Store
+from quantize.untrusted import JSON_LIMIT_BYTES, read_text
 
 PLACES = ("record.json", "quantize/record.json")
 """Where a folder holds a card's record: a card artifact, a published checkpoint."""
@@ -232,9 +233,7 @@ def _refuse(constant: str) -> float:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
-        raise ResourceError(f"cannot read {path}: {error}", "look at the file") from error
+        return json.loads(read_text(path, JSON_LIMIT_BYTES), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} cannot be read as JSON: {error}", "name a record.json"

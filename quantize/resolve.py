@@ -28,7 +28,12 @@ from quantize.stages.base import Resolved
 from quantize.suite import Prompts, Suite
 from quantize.targets import Sign
 from quantize.tensors import read_header
-from quantize.untrusted import HELD_OUT_LIMIT_BYTES, TABLE_LIMIT_BYTES
+from quantize.untrusted import (
+    HELD_OUT_LIMIT_BYTES,
+    TABLE_LIMIT_BYTES,
+    TEXT_LIMIT_BYTES,
+    read_bytes,
+)
 
 PLAN_HASH_LIMIT_BYTES = 2 << 30
 """What a plan hashes at most of a local checkpoint that it has not seen before."""
@@ -227,8 +232,7 @@ def task_files(folder: Path, tasks: Iterable[str]) -> list[str]:
     wanted = set(tasks)
     homes = {folder}
     for path in folder.rglob("*.yaml"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if wanted & set(TASK_NAME.findall(text)):
+        if wanted & _tasks_in(path):
             homes.add(path.parent)
     names = []
     for path in folder.rglob("*"):
@@ -242,8 +246,16 @@ def own_task_names(folder: Path) -> set[str]:
     """Names of the tasks that the YAML files below `folder` define."""
     found: set[str] = set()
     for path in folder.rglob("*.yaml"):
-        found |= set(TASK_NAME.findall(path.read_text(encoding="utf-8", errors="replace")))
+        found |= _tasks_in(path)
     return found
+
+
+def _tasks_in(path: Path) -> set[str]:
+    """Names of the tasks and groups that one YAML file defines; none if it is no file."""
+    if not path.is_file():
+        return set()
+    text = read_bytes(path, TEXT_LIMIT_BYTES).decode("utf-8", "replace")
+    return set(TASK_NAME.findall(text))
 
 
 def _can_be_data(name: str, path: Path) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import report_fixture as fixture
 from records_fixture import artifact
 
-from quantize.errors import ResourceError, SourceError, UsageError
+from quantize.errors import SourceError, UsageError
 from quantize.reporting import distinct, load, report
 from quantize.store import Store
 
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_card(store, tmp_path, text, says):
 def test_a_file_that_is_not_text(store, tmp_path):
     file = tmp_path / "record.json"
     file.write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read as JSON" in fails(SourceError, file, store)
+    assert "not UTF-8" in fails(SourceError, file, store)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -175,7 +175,7 @@ def test_a_file_that_may_not_be_read(store, tmp_path):
     file = tmp_path / "record.json"
     file.write_text("{}")
     file.chmod(0)
-    assert "cannot read" in fails(ResourceError, file, store)
+    assert "cannot read" in fails(SourceError, file, store)
 
 
 @pytest.mark.parametrize(
