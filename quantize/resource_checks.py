@@ -59,14 +59,18 @@ def check_resources(
     *,
     local: bool = True,
 ) -> list[Finding]:
-    """Host memory, disk and GPU memory for the stages that will run, by kind.
+    """Host memory, disk and GPU memory for the stages that will run.
 
+    `to_run` has their kinds, and may have the ids of those that measure.
     A recipe that names `machine.gpu` is meant for such a machine. `local` is False for a checkpoint
     on the Hub, which is still to be downloaded.
     """
     here = accelerator or accelerator_here()
     device = here if recipe.machine.gpu is None else "cuda"
     stages = [(name, kind) for kind in CHECKED if kind in to_run for name in CHECKED[kind]]
+    measured = set(CHECKED["measure"]) & set(to_run)
+    if measured:  # a baseline may have been measured elsewhere
+        stages = [(name, kind) for name, kind in stages if kind != "measure" or name in measured]
     if recipe.evaluate is None:
         stages = [(name, kind) for name, kind in stages if kind != "measure"]
     if not stages:

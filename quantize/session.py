@@ -115,8 +115,9 @@ class Session:
         return {name: artifact for name, artifact in found.items() if artifact is not None}
 
     def _kinds_to_run(self, selected: Sequence[str]) -> set[str]:
-        """Kinds of the stages that this run will do something for, as far as the plan knows."""
-        return {e.kind for e in self.plan.stages if e.id in selected and e.status != "done"}
+        """Kinds and ids of the stages that this run will do something for, as far as is known."""
+        todo = [e for e in self.plan.stages if e.id in selected and e.status != "done"]
+        return {e.kind for e in todo} | {e.id for e in todo}
 
     def _run_folder(self) -> Path:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

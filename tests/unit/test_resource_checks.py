@@ -39,6 +39,8 @@ def test_a_70b_does_not_fit_a_24_gb_card(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "the KV cache of one request of 32,768 tokens 10.7 GB" in candidate
     assert "set serve.tensor_parallel_size to 4" in candidate
     assert findings(*alone, kinds={"compress"}) == []
+    (only,) = findings(*alone, kinds={"measure", "measure-candidate"})
+    assert only == candidate  # the baseline was measured elsewhere
     assert findings("machine.gpu=H100", "machine.gpus=4") == []
     (few,) = {text.partition(" serves on ")[2] for text in findings("machine.gpu=H100")}
     assert few.startswith("4 GPUs, the machine has 1 (H100) → set serve.tensor_parallel_size to 1")
