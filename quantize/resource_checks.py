@@ -40,6 +40,9 @@ CHECKED = {
 }
 """Kind of a stage → the stages of that kind that need the most."""
 
+OTHERWISE = ("--cpu-offload-gb", "--kv-cache-dtype", "--max-model-len", "--pipeline-parallel-size")
+"""Flags of vLLM in `serve.extra_args` by which a server needs less of a GPU than is computed."""
+
 
 @dataclass(frozen=True)
 class Gpus:
@@ -159,7 +162,8 @@ def check_gpus(
     """GPU memory, and how many GPUs a server is asked to use."""
     findings = []
     for one in needs:
-        if one.device is None:
+        given = {argument.partition("=")[0] for argument in recipe.serve.extra_args}
+        if one.device is None or (one.kind == "measure" and given & set(OTHERWISE)):
             continue
         usable = target.bytes
         if one.kind == "measure":
