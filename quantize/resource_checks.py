@@ -40,6 +40,9 @@ CHECKED = {
 }
 """Kind of a stage → the stages of that kind that need the most."""
 
+OTHERWISE = ("--cpu-offload-gb", "--kv-cache-dtype", "--max-model-len", "--pipeline-parallel-size")
+"""Flags of vLLM in `serve.extra_args` by which a server needs less of a GPU than is computed."""
+
 
 @dataclass(frozen=True)
 class Gpus:
@@ -59,14 +62,18 @@ def check_resources(
     *,
     local: bool = True,
 ) -> list[Finding]:
-    """Host memory, disk and GPU memory for the stages that will run, by kind.
+    """Host memory, disk and GPU memory for the stages that will run.
 
+    `to_run` has their kinds, and may have the ids of those that measure.
     A recipe that names `machine.gpu` is meant for such a machine. `local` is False for a checkpoint
     on the Hub, which is still to be downloaded.
     """
     here = accelerator or accelerator_here()
     device = here if recipe.machine.gpu is None else "cuda"
     stages = [(name, kind) for kind in CHECKED if kind in to_run for name in CHECKED[kind]]
+    measured = set(CHECKED["measure"]) & set(to_run)
+    if measured:  # a baseline may have been measured elsewhere
+        stages = [(name, kind) for name, kind in stages if kind != "measure" or name in measured]
     if recipe.evaluate is None:
         stages = [(name, kind) for name, kind in stages if kind != "measure"]
     if not stages:
@@ -155,7 +162,8 @@ def check_gpus(
     """GPU memory, and how many GPUs a server is asked to use."""
     findings = []
     for one in needs:
-        if one.device is None:
+        given = {argument.partition("=")[0] for argument in recipe.serve.extra_args}
+        if one.device is None or (one.kind == "measure" and given & set(OTHERWISE)):
             continue
         usable = target.bytes
         if one.kind == "measure":

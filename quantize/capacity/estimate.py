@@ -264,7 +264,10 @@ def _measure(
     shape, tokens = attention(checkpoint.text_config), context_length(checkpoint, recipe)
     if isinstance(shape, dict) and tokens is not None:
         each = share_bytes_per_token(shape, parallel, cache_value_bytes(recipe, stage))
-        parts.append(Part(f"the KV cache of one request of {tokens:,} tokens", each * tokens))
+        what = f"the KV cache of one request of {tokens:,} tokens"
+        # Layers with a window keep fewer tokens: an upper bound.
+        windowed = bool(checkpoint.text_config.get("sliding_window"))
+        parts.append(Part(what, each * tokens, spare=windowed))
     parts.append(Part("activations and graphs", ALLOWANCE_BYTES, spare=True))
     on_device = Peak("serving", tuple(parts))
     return Needs(stage, "measure", Peak("", (process,)), on_device, parallel, tuple(disk))

@@ -114,6 +114,7 @@ def planned_json(planned: Planned) -> dict[str, Any]:
             {
                 "name": one.card.name,
                 "bytes": one.card.bytes,
+                "formats": one.card.formats,
                 "quantizes": one.quantizes,
                 "baseline_gpus": one.baseline,
                 "context_tokens": {str(key): value for key, value in one.context.items()},

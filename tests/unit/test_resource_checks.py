@@ -39,6 +39,16 @@ def test_a_70b_does_not_fit_a_24_gb_card(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "the KV cache of one request of 32,768 tokens 10.7 GB" in candidate
     assert "set serve.tensor_parallel_size to 4" in candidate
     assert findings(*alone, kinds={"compress"}) == []
+    (only,) = findings(*alone, kinds={"measure", "measure-candidate"})
+    assert only == candidate  # the baseline was measured elsewhere
+    assert findings(*alone, "serve.extra_args=['--cpu-offload-gb=200']") == []
+    window = llama_70b.checkpoint(sliding_window=4096)  # its cache is smaller than computed
+    h100 = recipe("machine.gpu=H100", "serve.tensor_parallel_size=1", "serve.max_model_len=131072")
+    assert len(check_resources(window, h100, Path(), {"measure", "measure-candidate"}, "cpu")) == 0
+    large = check_resources(
+        llama_70b.checkpoint(), h100, Path(), {"measure", "measure-candidate"}, "cpu"
+    )
+    assert len(large) == 1  # 43 GB of cache
     assert findings("machine.gpu=H100", "machine.gpus=4") == []
     (few,) = {text.partition(" serves on ")[2] for text in findings("machine.gpu=H100")}
     assert few.startswith("4 GPUs, the machine has 1 (H100) → set serve.tensor_parallel_size to 1")
