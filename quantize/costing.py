@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.capacity.cards import find_card, known_names
-from quantize.capacity.dense import dense_tensors, known_config
+from quantize.capacity.from_config import known_config, tensors_of
 from quantize.capacity.planned import Money, Planned, planned
 from quantize.checkpoint import Checkpoint, examine, model_folder
 from quantize.errors import UsageError
@@ -65,7 +65,7 @@ def figures(
         checkpoint, why = _from_config(read_json_object(config), config.parent), ""
         if checkpoint is None:
             raise UsageError(
-                f"{config}: {UNKNOWN_SHAPES}", "name a dense Llama-like model's config"
+                f"{config}: {UNKNOWN_SHAPES}", "name the config.json of an architecture in docs/preflight.md"
             )
     else:
         checkpoint, why = known_checkpoint(resolved, plan, store)
@@ -102,7 +102,7 @@ def known_checkpoint(resolved: Resolved, plan: Plan, store: Store) -> tuple[Chec
 
 def _from_config(config: dict[str, Any], folder: Path) -> Checkpoint | None:
     """A checkpoint's shapes without its files."""
-    tensors = dense_tensors(config)
+    tensors = tensors_of(config)
     return None if tensors is None else Checkpoint(folder, config, tensors, ())
 
 

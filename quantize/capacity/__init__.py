@@ -1,7 +1,7 @@
 """What each stage needs and costs: formulas, computed and not measured; see docs/capacity.md.
 
 `serving` (KV cache, context, GPUs), `cards` (the table of GPUs), `parts` and `streaming` (what an
-engine holds), `estimate` (every stage), `cost`, `dense` (shapes from a config alone).
+engine holds), `estimate` (every stage), `cost`, `from_config` (shapes from a config alone).
 """
 
 from quantize.capacity.cards import CARDS, GPUS, Card, Gpu, find_card

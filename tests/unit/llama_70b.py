@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from quantize.capacity.dense import dense_tensors
+from quantize.capacity.from_config import tensors_of
 from quantize.checkpoint import Checkpoint
 from quantize.recipe import Recipe
 from quantize.recipe_file import load_recipe
@@ -33,7 +33,7 @@ KINDS = {kind for _, kind in STAGES}
 
 def checkpoint(**changes: Any) -> Checkpoint:
     config = CONFIG | changes
-    tensors = dense_tensors(config)
+    tensors = tensors_of(config)
     assert tensors is not None
     return Checkpoint(Path("not-here"), config, tensors, ())
 

@@ -11,8 +11,8 @@ from llama_70b import STAGES, recipe
 
 from quantize.capacity.cards import CARDS, FILE, GPUS, find_card
 from quantize.capacity.cost import dollars, dollars_per_million_tokens
-from quantize.capacity.dense import dense_tensors
 from quantize.capacity.estimate import Needs, calibration_tokens, decoder, stage_needs
+from quantize.capacity.from_config import tensors_of
 from quantize.capacity.parts import Decoder, Linear, Peak
 from quantize.capacity.planned import Money, Planned, planned
 from quantize.capacity.serving import attention, context_tokens, least_gpus, share_bytes_per_token
@@ -49,7 +49,7 @@ def test_the_shapes_are_those_of_the_published_checkpoint() -> None:
     assert checkpoint.parameters == 70_553_706_496  # as the Hub counts them
     assert checkpoint.parameters == LAYERS * (LINEARS + 2 * D) + 2 * VOCABULARY * D + D
     assert len(checkpoint.tensors) == 723  # as in its model.safetensors.index.json
-    assert dense_tensors(llama_70b.CONFIG | {"architectures": ["MixtralForCausalLM"]}) is None
+    assert tensors_of(llama_70b.CONFIG | {"architectures": ["MysteryForCausalLM"]}) is None
     tied = llama_70b.checkpoint(tie_word_embeddings=True)
     assert tied.parameters == checkpoint.parameters - VOCABULARY * D
 
@@ -60,7 +60,7 @@ def test_shapes_from_a_config_are_a_real_checkpoints(tmp_path: Path) -> None:
             tmp_path / str(tied), llama_tensors(tied=tied), llama_config(tied=tied)
         )
         real = read_checkpoint(folder)
-        made = dense_tensors(real.config)
+        made = tensors_of(real.config)
         assert made is not None
         assert {name: info.shape for name, info in made.items()} == {
             name: info.shape for name, info in real.tensors.items()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from llama_70b import KINDS, recipe
 
 from quantize import machine
-from quantize.capacity.dense import CONFIGS, dense_tensors, known_config
+from quantize.capacity.from_config import CONFIGS, known_config, tensors_of
 from quantize.cli import main
 from quantize.recipe_file import load_recipe
 from quantize.resource_checks import check_resources
@@ -141,7 +141,7 @@ def test_known_configs_are_those_of_the_shipped_recipes() -> None:
     for name, parameters in counted.items():
         config = known_config(next(source for source in sources if name in source))
         assert config is not None
-        tensors = dense_tensors(config)
+        tensors = tensors_of(config)
         assert tensors is not None
         assert sum(info.elements for info in tensors.values()) == parameters, name
 
