@@ -19,7 +19,7 @@ import quantize.supervise
 from quantize import stop
 from quantize.supervise import KILL_AT_ONCE, descendants
 
-GRACE_SECONDS = 12.0
+GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL. Slurm and spot machines give 30 s or more in all."""
 POLL_SECONDS = 0.05
 TAIL_LINES = 20

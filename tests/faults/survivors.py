@@ -37,7 +37,7 @@ SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGINT": signa
 KINDS = ("run", "run", *SIGNALS, "supervisor", "tool", "tool")
 """What is killed; the run by SIGKILL and a tool's process twice as often."""
 STOP_SECONDS = 20.0  # promised after a first signal
-GONE_SECONDS = 20.0  # after SIGKILL of the run: the tools' grace period is 12 s
+GONE_SECONDS = 20.0  # after SIGKILL of the run: the tools' grace period is 10 s
 END_SECONDS = 120.0  # for a run that lost a tool
 SET = (
     "evaluate.suite=smoke",
