@@ -19,12 +19,13 @@ SEED = 4
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    if reason := points.why_not():
+        pytest.skip(reason)
     bench = Bench(tmp_path_factory.mktemp("bench"), measured=False)
     bench.prepare()
     yield bench
 
 
-@pytest.mark.skipif(bool(points.why_not()), reason=points.why_not())
 def test_a_sample_of_kills(bench: Bench) -> None:
     said: list[str] = []
     tallies = campaign(bench, KILLS, SEED, said.append)
@@ -33,7 +34,6 @@ def test_a_sample_of_kills(bench: Bench) -> None:
     assert max(tally.lost_layers for tally in tallies) <= 1
 
 
-@pytest.mark.skipif(bool(points.why_not()), reason=points.why_not())
 @pytest.mark.parametrize(
     "name", ["read of an input", "sync of the result", "mkdir EROFS", "open EMFILE"]
 )
@@ -43,8 +43,9 @@ def test_a_disk_that_fails(name: str, bench: Bench) -> None:
     assert said
 
 
-@pytest.mark.skipif(bool(full.why_not()), reason=full.why_not())
 def test_a_full_disk_costs_nothing_that_is_finished(bench: Bench) -> None:
+    if reason := full.why_not():
+        pytest.skip(reason)
     most = 3 * sum(artifact.manifest.total_bytes for artifact in bench.clean.artifacts())
     disk = full.FullDisk(bench)
     small = disk.run(most // 6)
