@@ -245,7 +245,12 @@ def on_resources(now: Situation, checkpoint: Checkpoint) -> Told:
     """Disk and memory."""
     resolved = now.resolved
     findings = check_resources(
-        checkpoint, resolved.recipe, now.store, now.to_run, resolved.accelerator
+        checkpoint,
+        resolved.recipe,
+        now.store,
+        now.to_run,
+        resolved.accelerator,
+        local="model" in resolved.paths,
     )
     return Told(findings)
 

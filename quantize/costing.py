@@ -65,7 +65,8 @@ def figures(
         checkpoint, why = _from_config(read_json_object(config), config.parent), ""
         if checkpoint is None:
             raise UsageError(
-                f"{config}: {UNKNOWN_SHAPES}", "name the config.json of an architecture in docs/preflight.md"
+                f"{config}: {UNKNOWN_SHAPES}",
+                "name the config.json of an architecture that docs/preflight.md lists",
             )
     else:
         checkpoint, why = known_checkpoint(resolved, plan, store)

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from quantize.block import Block, Fraction, PositiveInt
+from quantize.capacity.cards import find_card, known_names
 from quantize.evaluation import Evaluate
 from quantize.targets import Publish
 
@@ -83,6 +84,12 @@ def _compiles(entry: str) -> str:
     except re.error as error:
         raise ValueError(f"{entry!r} is not a regular expression: {error}") from error
     return entry
+
+
+def _is_a_card(name: str) -> str:
+    if find_card(name) is None:
+        raise ValueError(f"no card {name!r} in the table: name one of {known_names()}")
+    return name
 
 
 GroupSize = Annotated[PositiveInt | Literal["channel"], WrapValidator(_whole_or_channel)]
@@ -312,7 +319,7 @@ class EnvironmentOverride(Block):
 class Machine(Block):
     """Where the run is meant to go; changes no result and no key."""
 
-    gpu: str | None = Field(
+    gpu: Annotated[str, AfterValidator(_is_a_card)] | None = Field(
         None, description="The GPU by its name in the table of cards, e.g. H100; found if absent."
     )
     gpus: PositiveInt | None = Field(None, description="How many of them; all here if absent.")

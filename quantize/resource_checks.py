@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.capacity.cards import find_card, known_names
+from quantize.capacity.cards import find_card
 from quantize.capacity.estimate import (
     Needs,
     cache_value_bytes,
@@ -23,7 +23,7 @@ from quantize.capacity.parts import Peak
 from quantize.capacity.serving import PARALLEL_SIZES, attention, least_gpus
 from quantize.checkpoint import Checkpoint
 from quantize.environments import accelerator as accelerator_here
-from quantize.errors import ResourceError, UsageError
+from quantize.errors import ResourceError
 from quantize.findings import Finding
 from quantize.machine import gpus, memory_bytes
 from quantize.recipe import Quantize, Recipe
@@ -81,27 +81,24 @@ def check_resources(
     needs = stage_needs(checkpoint, recipe, device, stages, local=local)
     findings = _check_disk(checkpoint, recipe, store, to_run, needs)
     findings += _check_memory(needs)
-    target, unknown = target_gpus(recipe, here)
-    findings += unknown
+    target = target_gpus(recipe, here)
     if target is not None:
         findings += check_gpus(checkpoint, recipe, target, needs)
     return findings
 
 
-def target_gpus(recipe: Recipe, accelerator: str) -> tuple[Gpus | None, list[Finding]]:
+def target_gpus(recipe: Recipe, accelerator: str) -> Gpus | None:
     """The recipe's machine, or the GPUs that are here; None without any."""
     machine = recipe.machine
     if machine.gpu is not None:
         card = find_card(machine.gpu)
-        if card is None:
-            hint = f"name one of {known_names()}, or remove machine.gpu"
-            return None, [Finding(f"machine.gpu: no card {machine.gpu!r}", hint, UsageError)]
-        return Gpus(card.name, card.bytes, machine.gpus or 1), []
+        assert card is not None, "the recipe names a card of the table"
+        return Gpus(card.name, card.bytes, machine.gpus or 1)
     found = gpus() if accelerator == "cuda" else []
     if not found:
-        return None, []
+        return None
     name, size = min(found, key=lambda one: one[1])
-    return Gpus(name, size, machine.gpus or len(found)), []
+    return Gpus(name, size, machine.gpus or len(found))
 
 
 def _check_disk(

@@ -94,7 +94,7 @@ def planned(
     device = "cuda" if recipe.machine.gpu is not None else accelerator
     unpacks = unpacks and device == "cpu"
     needs = stage_needs(checkpoint, recipe, device, stages, local=local, unpacks=unpacks)
-    target, _ = target_gpus(recipe, accelerator)
+    target = target_gpus(recipe, accelerator)
     least = _least(checkpoint, recipe, target.name if target else "")
     price = money.price(target.name if target else "")
     missing = []

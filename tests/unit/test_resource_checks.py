@@ -14,6 +14,7 @@ from llama_70b import KINDS, recipe
 from quantize import machine
 from quantize.capacity.from_config import CONFIGS, known_config, tensors_of
 from quantize.cli import main
+from quantize.errors import RecipeError
 from quantize.recipe_file import load_recipe
 from quantize.resource_checks import check_resources
 from quantize.resources import shipped_root
@@ -52,8 +53,8 @@ def test_a_70b_does_not_fit_a_24_gb_card(monkeypatch: pytest.MonkeyPatch) -> Non
     assert findings("machine.gpu=H100", "machine.gpus=4") == []
     (few,) = {text.partition(" serves on ")[2] for text in findings("machine.gpu=H100")}
     assert few.startswith("4 GPUs, the machine has 1 (H100) → set serve.tensor_parallel_size to 1")
-    (unknown,) = findings("machine.gpu=H1000")
-    assert "no card 'H1000'" in unknown and "H200" in unknown
+    with pytest.raises(RecipeError, match=r"machine.gpu: no card 'H1000' .* H200"):
+        findings("machine.gpu=H1000")
 
 
 def test_the_gpus_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
