@@ -53,6 +53,10 @@ SHAPES = {
         Shape("8B", 4096, 14336, 32, 8, 128256, whole=32, layers=3),
         Shape("70B", 8192, 28672, 64, 8, 128256, whole=80, layers=2),
         Shape("tiny", 128, 384, 4, 2, 2048, whole=5, layers=3),
+        # for bench/memory.py: a wide MLP, a large vocabulary, Llama-3.2-1B's layers
+        Shape("narrow", 512, 4096, 8, 8, 4096, whole=16, layers=3),
+        Shape("vocabulary", 1024, 2816, 16, 4, 128256, whole=16, layers=2),
+        Shape("1B", 2048, 8192, 32, 8, 128256, whole=16, layers=2),
     )
 }
 
