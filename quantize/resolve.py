@@ -150,7 +150,7 @@ def _resolve_signer(sign: Sign, inputs: _Inputs) -> None:
 
 
 def _resolve_template(text: str, folder: Path, inputs: _Inputs) -> None:
-    path = find_path(text, folder)
+    path = find_path(text, folder, "publish.card_template")
     if path is None or not path.is_file():
         raise SourceError(
             f"publish.card_template: there is no file {text!r} in {folder}",
@@ -208,7 +208,9 @@ def _resolve_health(suite: Suite, suite_path: Path, inputs: _Inputs) -> None:
 def _resolve_tasks(suite: Suite, suite_path: Path, inputs: _Inputs) -> None:
     if suite.tasks_folder is None:
         return
-    tasks = find_path(suite.tasks_folder, suite_path.absolute().parent)
+    tasks = find_path(
+        suite.tasks_folder, suite_path.absolute().parent, f"suite {suite.name}: tasks_folder"
+    )
     if tasks is None or not tasks.is_dir():
         raise SourceError(
             f"suite {suite.name}: there is no tasks folder {suite.tasks_folder!r}",

@@ -69,11 +69,11 @@ def _find(text: str, relative_to: Path, what: str, folder: str) -> Path:
     )
 
 
-def find_path(text: str, folder: Path) -> Path | None:
+def find_path(text: str, folder: Path, key: str = "path") -> Path | None:
     """An existing file or folder: absolute, from `folder`, or from the shipped root."""
     if not text.isprintable():
         raise SourceError(
-            f"the path {shortened(text)} has control characters, which messages cannot show",
+            f"{key}: '{shortened(text)}' has control characters, which messages cannot show",
             "rename the file, and name it anew",
         )
     given = Path(os.path.expanduser(text))
@@ -88,7 +88,7 @@ def find_checkpoint(text: str, folder: Path, key: str = "model.source") -> Path 
 
     Anything that cannot be ``owner/name`` must exist: SourceError otherwise.
     """
-    found = find_path(text, folder)
+    found = find_path(text, folder, key)
     if found is not None:
         if not os.path.isdir(found):
             raise _file_for_folder(key, found)
@@ -117,7 +117,7 @@ def _what(found: Path) -> str | None:
 
 def find_data(text: str, folder: Path, key: str) -> Path | None:
     """The local file of a data set, or None for a Hub data set; like :func:`find_checkpoint`."""
-    found = find_path(text, folder)
+    found = find_path(text, folder, key)
     if found is not None:
         if os.path.isdir(found):
             raise SourceError(f"{key}: {found} is a folder, not a file", "name a file in it")

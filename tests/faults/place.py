@@ -16,7 +16,7 @@ from typing import Any
 
 from quantize.checkpoint import read_checkpoint
 from tests.unit.adapters import write_adapter
-from tests.unit.checkpoints import llama_tensors, write_checkpoint
+from tests.unit.checkpoints import llama_config, llama_tensors, write_checkpoint
 
 RECIPE = """\
 version: 1
@@ -77,7 +77,7 @@ class Place:
 
     @classmethod
     def make(cls, folder: Path) -> Place:
-        write_checkpoint(folder / "model", llama_tensors(layers=1))
+        write_checkpoint(folder / "model", llama_tensors(layers=1), llama_config(layers=1))
         (folder / "outside").mkdir()
         texts = {"recipe.yaml": RECIPE, "suite.yaml": SUITE, "prompts.yaml": PROMPTS}
         texts |= {"rows.jsonl": ROWS, "held-out.jsonl": ROWS, "outside/secret.json": "{}"}
@@ -103,7 +103,7 @@ class Place:
     def shards(self) -> dict[str, str]:
         """The weights in two files; the index's weight_map."""
         (self.model / "model.safetensors").unlink()
-        write_checkpoint(self.model, llama_tensors(layers=1), shards=2)
+        write_checkpoint(self.model, llama_tensors(layers=1), llama_config(layers=1), shards=2)
         index = json.loads((self.model / INDEX).read_text())
         return dict(index["weight_map"])
 

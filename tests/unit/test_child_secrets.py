@@ -22,6 +22,7 @@ from quantize.servers import SERVERS
 from quantize.servers.base import Launch
 from quantize.stages import calibrate, compress
 from quantize.stages.base import Resolved, StageContext
+from quantize.status import Status
 from quantize.store import Store
 from tests.leaks import files, found
 from tests.unit.checkpoints import recipe
@@ -64,7 +65,7 @@ class World:
         python.chmod(0o755)
         own = dict.fromkeys(("llmcompressor", "vllm", "lmeval"), python)
         self.said: list[str] = []
-        progress = Progress(LineView(self.said.append, 0), folder / "status.json")
+        progress = Progress(LineView(self.said.append, 0), Status([folder / "status.json"], {}))
         environments = Environments("cpu", folder / "cache", own)
         self.runner = Runner(environments, folder / "logs", progress)
 

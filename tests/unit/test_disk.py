@@ -15,6 +15,7 @@ from quantize.progress import LineView, Progress
 from quantize.protocol import write_atomic
 from quantize.refusals import refusal, refusals
 from quantize.runner import _Tail
+from quantize.status import Status
 from quantize.store import Store
 
 
@@ -74,10 +75,11 @@ def test_the_bytes_that_are_needed_are_said_wherever_it_is_noticed(tmp_path: Pat
 
 
 def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    progress = Progress(LineView(lambda line: None), tmp_path / "no such folder" / "status.json")
+    status = Status([tmp_path / "no such folder" / "status.json"], {})
+    progress = Progress(LineView(lambda line: None), status)
     with progress.stage("compress", 1, 2):
         progress.step("layers", 1, 2)
-    progress.finish("done")
+    status.end(None)
 
 
 def test_a_torn_event_is_skipped(tmp_path: Path) -> None:

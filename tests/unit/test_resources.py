@@ -74,7 +74,7 @@ def test_paths_start_at_the_folder_then_at_the_shipped_root(tmp_path: Path) -> N
 
 def test_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("text")
     assert find_checkpoint("model", tmp_path) == tmp_path / "model"
     assert find_checkpoint("./model", tmp_path) == tmp_path / "model"
     assert find_checkpoint("meta-llama/Llama-3.1-8B-Instruct", tmp_path) is None

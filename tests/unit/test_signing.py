@@ -150,12 +150,12 @@ def encoded(secret: bytes) -> list[bytes]:
 def test_tools_do_not_see_the_variables_that_the_recipe_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("MY_KEYS_PASSWORD", PASSWORD)
+    monkeypatch.setenv("MY_KEYS_OPENER", PASSWORD)
     monkeypatch.setattr(process, "_withheld", set())
-    assert "MY_KEYS_PASSWORD" in process.child_environment({})
-    block = Publish(sign=Sign(key="k", password_variable="MY_KEYS_PASSWORD"))
+    assert "MY_KEYS_OPENER" in process.child_environment({})
+    block = Publish(sign=Sign(key="k", password_variable="MY_KEYS_OPENER"))
     process.withhold(block.secret_variables)
-    assert "MY_KEYS_PASSWORD" not in process.child_environment({})
+    assert "MY_KEYS_OPENER" not in process.child_environment({})
 
 
 def pem(key: Any) -> bytes:

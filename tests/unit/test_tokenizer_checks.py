@@ -80,8 +80,6 @@ def test_ids_that_are_none(folder: Path, value: object) -> None:
 def test_a_tokenizer_without_a_vocabulary(folder: Path) -> None:
     write_json(folder / "tokenizer.json", {"version": "1.0"})
     assert "has no model.vocab" in told(folder).findings[0].message
-    (folder / "tokenizer.json").write_text("{")
-    assert "is not valid JSON" in told(folder).findings[0].message
 
 
 @pytest.mark.parametrize(

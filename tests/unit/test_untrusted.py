@@ -26,6 +26,7 @@ from quantize.progress import BarView, LineView, Progress
 from quantize.protocol import Events, write_json
 from quantize.report.tables import plan_table, render
 from quantize.stages.fetch import hash_checkpoint
+from quantize.status import Status
 from quantize.tensors import read_header
 from quantize.untrusted import JSON_LIMIT_BYTES, foreign_link, open_regular, read_bytes
 from quantize.weights import hash_and_look
@@ -188,14 +189,15 @@ def test_progress_shows_names_as_they_are(tmp_path: Path, bars: bool) -> None:
     lines: list[str] = []
     console = Console(file=text, width=200, force_terminal=False)
     view = BarView(console) if bars else LineView(lines.append, every_seconds=0)
-    progress = Progress(view, tmp_path / "status.json")
+    status = Status([tmp_path / "status.json"], {})
+    progress = Progress(view, status)
     with progress.stage("fetch", 1, 2):
         progress.note(HOSTILE)
         progress.event({"kind": "note", "text": HOSTILE})
         progress.step(HOSTILE, 1, 2, "rows")
-        progress._write(force=True)
+        status.write()
     assert json.loads((tmp_path / "status.json").read_text())["what"] == HOSTILE
-    progress.finish("done")
+    progress.close()
     shown = text.getvalue() if bars else "\n".join(lines)
     assert shown.count("[red]x[/]") >= 2
     assert not set(shown) & set("\x1b\x9b\u202e\ud800")
