@@ -34,9 +34,14 @@ def kills(group: Path | None = None) -> Kills:
 
 
 def limit_bytes(group: Path | None = None) -> int | None:
-    """The control group's memory limit, or None without one."""
-    value = _number(group, "memory.max", "memory.limit_in_bytes")
-    return value if value is not None and value < NO_LIMIT_BYTES else None
+    """The lowest memory limit of the control group and of those around it; None without one.
+
+    A scheduler limits the job; the process is in a group below it, which has none of its own.
+    """
+    folder = group or own_group()
+    around = [folder, *folder.parents] if folder is not None else []
+    found = [_number(one, "memory.max", "memory.limit_in_bytes") for one in around]
+    return min((one for one in found if one is not None and one < NO_LIMIT_BYTES), default=None)
 
 
 def peak_bytes(group: Path | None = None) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
@@ -10,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import psutil
+
+from quantize import control_group
 
 
 def device_name(accelerator: str) -> str:
@@ -32,10 +33,8 @@ def cpu_has(flag: str) -> bool:
 def memory_bytes() -> int:
     """Memory that this process may use: the machine's, or its control group's limit if lower."""
     total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    with contextlib.suppress(OSError, ValueError):  # absent, or the word "max"
-        return min(total, int(limit.read_text()))
-    return total
+    limit = control_group.limit_bytes()
+    return total if limit is None else min(total, limit)
 
 
 def gpus() -> list[tuple[str, int]]:

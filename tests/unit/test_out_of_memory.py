@@ -13,6 +13,7 @@ from child_process import ROOT, helper
 
 from quantize import control_group
 from quantize.control_group import Kills, own_group
+from quantize.machine import memory_bytes
 from quantize.out_of_memory import explain_end, killed_by_kernel, of_sigkill
 
 NOW = control_group.kills()
@@ -30,6 +31,22 @@ def test_version_2(tmp_path: Path) -> None:
     assert control_group.peak_bytes(tmp_path) == 12345
     (tmp_path / "memory.max").write_text("max\n")
     assert control_group.limit_bytes(tmp_path) is None
+
+
+def test_the_limit_of_a_group_around_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm limits the job's group; the process is two groups below it."""
+    ours = tmp_path / "job" / "step" / "task"
+    ours.mkdir(parents=True)
+    (ours / "memory.max").write_text("max\n")
+    (ours.parent / "memory.max").write_text("9000\n")
+    (tmp_path / "job" / "memory.max").write_text("7000\n")
+    assert control_group.limit_bytes(ours) == 7000
+    (ours / "memory.max").write_text("5000\n")
+    assert control_group.limit_bytes(ours) == 5000
+    monkeypatch.setattr(control_group, "own_group", lambda: ours)
+    assert memory_bytes() == 5000
 
 
 def test_version_1(tmp_path: Path) -> None:
