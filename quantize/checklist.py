@@ -33,6 +33,7 @@ from quantize.source_checks import (
     chosen_weights,
 )
 from quantize.stages.base import Resolved
+from quantize.stages.fetch import downloads
 from quantize.template_checks import check_chat_template
 from quantize.tokenizer_checks import check_tokenizer
 
@@ -250,7 +251,7 @@ def on_resources(now: Situation, checkpoint: Checkpoint) -> Told:
         now.store,
         now.to_run,
         resolved.accelerator,
-        local="model" in resolved.paths,
+        downloads=downloads(resolved),
     )
     return Told(findings)
 

@@ -15,6 +15,7 @@ from quantize.errors import UsageError
 from quantize.model_files import read_json_object
 from quantize.plan import Plan, StageEntry
 from quantize.stages.base import Resolved
+from quantize.stages.fetch import downloads
 from quantize.stages.measure import unpacks_because
 from quantize.store import Store
 
@@ -80,7 +81,7 @@ def figures(
         stages,
         money,
         {e.id: s for e in plan.stages if (s := _took(e, plan.recipe_name, store)) is not None},
-        local="model" in resolved.paths,
+        downloads=downloads(resolved),
         unpacks=unpacks_because(resolved) is not None,
     )
     return replace(found, missing=(*found.missing, *([why] if why else [])))

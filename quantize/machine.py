@@ -40,7 +40,10 @@ def memory_bytes() -> int:
 def gpus() -> list[tuple[str, int]]:
     """Name and memory in bytes of each visible GPU; empty without nvidia-smi (some containers)."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):  # CUDA shows none
+        return []
+    if visible is not None:
         query.append(f"--id={visible}")
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)

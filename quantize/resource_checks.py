@@ -28,6 +28,7 @@ from quantize.findings import Finding
 from quantize.machine import gpus, memory_bytes
 from quantize.recipe import Quantize, Recipe
 from quantize.source_checks import promised_bytes, tensor_parallel_faults
+from quantize.stages.fetch import BASE
 
 SLACK_BYTES = 256 << 20
 """Logs, samples and token ids of one run."""
@@ -60,13 +61,14 @@ def check_resources(
     to_run: Collection[str],
     accelerator: str | None = None,
     *,
-    local: bool = True,
+    downloads: Collection[str] = (),
 ) -> list[Finding]:
     """Host memory, disk and GPU memory for the stages that will run.
 
     `to_run` has their kinds, and may have the ids of those that measure.
-    A recipe that names `machine.gpu` is meant for such a machine. `local` is False for a checkpoint
-    on the Hub, which is still to be downloaded.
+    A recipe that names `machine.gpu` is meant for such a machine. `downloads` has the ids of
+    the fetch stages whose checkpoint is on the Hub: one download is counted, for `fetch` in
+    `to_run` may be the kind of `fetch-base` alone.
     """
     here = accelerator or accelerator_here()
     device = here if recipe.machine.gpu is None else "cuda"
@@ -74,11 +76,13 @@ def check_resources(
     measured = set(CHECKED["measure"]) & set(to_run)
     if measured:  # a baseline may have been measured elsewhere
         stages = [(name, kind) for name, kind in stages if kind != "measure" or name in measured]
+    if BASE in to_run and "fetch" not in downloads:
+        stages.append((BASE, "fetch"))
     if recipe.evaluate is None:
         stages = [(name, kind) for name, kind in stages if kind != "measure"]
     if not stages:
         return []
-    needs = stage_needs(checkpoint, recipe, device, stages, local=local)
+    needs = stage_needs(checkpoint, recipe, device, stages, downloads=downloads)
     findings = _check_disk(checkpoint, recipe, store, to_run, needs)
     findings += _check_memory(needs)
     target = target_gpus(recipe, here)

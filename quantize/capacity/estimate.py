@@ -7,7 +7,7 @@ derives what is here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from quantize.capacity.parts import BF16, FP32, Decoder, Linear, Part, Peak
@@ -117,19 +117,19 @@ def stage_needs(
     device: str,
     stages: Sequence[tuple[str, str]],
     *,
-    local: bool = True,
+    downloads: Collection[str] = (),
     unpacks: bool = False,
 ) -> list[Needs]:
     """Of each (id, kind); `device` is cpu or cuda.
 
-    :param local: the checkpoint is a folder here, not a repository that is downloaded
+    :param downloads: ids of the fetch stages whose checkpoint is no folder here
     :param unpacks: the candidate is measured with its weights unpacked to BF16
     """
     found = []
     for stage, kind in stages:
         match kind:
             case "fetch":
-                one = _fetch(checkpoint, recipe, stage, local)
+                one = _fetch(checkpoint, recipe, stage, stage in downloads)
             case "calibrate":
                 one = _calibrate(recipe, stage, kind)
             case "compress":
@@ -151,9 +151,12 @@ def _small(stage: str, kind: str) -> Needs:
     return Needs(stage, kind, _core(), None, 0, ())
 
 
-def _fetch(checkpoint: Checkpoint, recipe: Recipe, stage: str, local: bool) -> Needs:
-    """A download, and a merge: as stored and at least in BF16, with one layer in FP32 beside it."""
-    disk = () if local else (Part("the download", checkpoint.weight_bytes),)
+def _fetch(checkpoint: Checkpoint, recipe: Recipe, stage: str, downloaded: bool) -> Needs:
+    """A download, and a merge: as stored and at least in BF16, with one layer in FP32 beside it.
+
+    The base of a fine-tune is taken to be as large as the checkpoint.
+    """
+    disk = (Part("the download", checkpoint.weight_bytes),) if downloaded else ()
     if not recipe.model.merges or stage != "fetch":
         return Needs(stage, "fetch", _core(), None, 0, disk)
     in_bf16 = BF16 * checkpoint.parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quantize.capacity.cards import CARDS, Card, find_card
@@ -10,6 +10,7 @@ from quantize.capacity.cost import dollars, dollars_per_million_tokens
 from quantize.capacity.estimate import (
     Needs,
     cache_value_bytes,
+    context_length,
     decoder,
     engine_run,
     served_bytes,
@@ -20,7 +21,8 @@ from quantize.capacity.serving import attention, context_tokens
 from quantize.capacity.work import least_seconds
 from quantize.checkpoint import Checkpoint
 from quantize.recipe import Recipe
-from quantize.resource_checks import even_sizes, fitting_size, target_gpus
+from quantize.resource_checks import Gpus, even_sizes, fitting_size, target_gpus
+from quantize.servers.vllm import NOT_ON_BLACKWELL
 
 SHOWN_SIZES = (1, 2, 4, 8)
 
@@ -44,9 +46,10 @@ class OnCard:
     """What one kind of card can do; sizes are tensor-parallel."""
 
     card: Card
-    quantizes: bool
+    quantizes: bool  # the GPU memory of the compress stage; False where no tool is locked for it
     baseline: int | None  # the fewest cards that serve the BF16 checkpoint with one whole request
     context: Mapping[int, int | None]  # size → tokens beside the result; None: splits unevenly
+    serves: bool  # False where vLLM has no kernel for the scheme
     per_million: float | None = None
 
 
@@ -58,6 +61,8 @@ class Planned:
     cards: tuple[OnCard, ...] = ()
     sizes: tuple[int, ...] = SHOWN_SIZES
     weights: Mapping[str, int] = field(default_factory=dict)  # bytes: baseline, result
+    machine: str = ""  # what the stages' needs are of: a CPU, or so many GPUs
+    request_tokens: int | None = None  # of the longest request, which a server must hold
     missing: tuple[str, ...] = ()
 
 
@@ -87,13 +92,13 @@ def planned(
     money: Money,
     took: Mapping[str, float],
     *,
-    local: bool = True,
+    downloads: Collection[str] = (),
     unpacks: bool = False,
 ) -> Planned:
     """`stages` are (id, kind); `took` has the seconds of those that ran before."""
     device = "cuda" if recipe.machine.gpu is not None else accelerator
     unpacks = unpacks and device == "cpu"
-    needs = stage_needs(checkpoint, recipe, device, stages, local=local, unpacks=unpacks)
+    needs = stage_needs(checkpoint, recipe, device, stages, downloads=downloads, unpacks=unpacks)
     target = target_gpus(recipe, accelerator)
     least = _least(checkpoint, recipe, target.name if target else "")
     price = money.price(target.name if target else "")
@@ -110,8 +115,16 @@ def planned(
             "baseline": served_bytes(checkpoint, recipe, "measure-baseline", False),
             "result": served_bytes(checkpoint, recipe, "measure-candidate", False),
         },
+        machine=_machine(device, target),
+        request_tokens=context_length(checkpoint, recipe),
         missing=tuple(missing),
     )
+
+
+def _machine(device: str, target: Gpus | None) -> str:
+    if device == "cpu":
+        return "a CPU"
+    return "a GPU" if target is None else f"{target.count} × {target.name}"
 
 
 def _figures(
@@ -143,6 +156,7 @@ def _on_cards(checkpoint: Checkpoint, recipe: Recipe, money: Money) -> tuple[OnC
     weights = served_bytes(checkpoint, recipe, "measure-candidate", False)
     value = cache_value_bytes(recipe, "measure-candidate")
     even, whole = even_sizes(checkpoint, recipe.quantize), even_sizes(checkpoint, None)
+    schemes = {one.scheme for one in recipe.quantize.overrides} | {recipe.quantize.effective_scheme}
 
     def context(card: Card, size: int) -> int | None:
         if isinstance(shape, str) or size not in even:
@@ -153,10 +167,11 @@ def _on_cards(checkpoint: Checkpoint, recipe: Recipe, money: Money) -> tuple[OnC
     return tuple(
         OnCard(
             card=card,
-            quantizes=compress.device.bytes <= card.bytes,
+            quantizes=card.cuda and compress.device.bytes <= card.bytes,
             baseline=fitting_size(checkpoint, recipe, card.bytes, "measure-baseline", whole),
             context={size: context(card, size) for size in SHOWN_SIZES},
             per_million=money.per_million(card.name),
+            serves=not (card.blackwell and NOT_ON_BLACKWELL & schemes),
         )
         for card in CARDS
     )

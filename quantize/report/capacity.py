@@ -8,15 +8,16 @@ from typing import Any
 from rich.table import Table
 
 from quantize.capacity.parts import Peak
-from quantize.capacity.planned import Figures, Planned
-from quantize.report.tables import size
+from quantize.capacity.planned import Figures, OnCard, Planned
+from quantize.report.tables import plain, size
 
 UNKNOWN = "-"
 
 
 def figures_table(planned: Planned) -> Table:
     """One row a stage: memory, GPU memory, disk, time, cost."""
-    table = Table(title="needs (computed)", title_justify="left", box=None)
+    title = f"needs (computed), on {plain(planned.machine)}"
+    table = Table(title=title, title_justify="left", box=None)
     for column in ("stage", "memory", "GPU", "disk", "time", "cost"):
         right = column != "stage"
         table.add_column(column, no_wrap=True, justify="right" if right else "left")
@@ -35,6 +36,8 @@ def figures_table(planned: Planned) -> Table:
             UNKNOWN if one.cost is None else f"{_bound(one)}{one.cost:.2f}",
             (needs.device or needs.host).when,
         )
+    disk = sum(one.needs.disk_bytes for one in planned.stages)
+    table.add_row("in all", "", "", size(disk))
     return table
 
 
@@ -54,29 +57,46 @@ def _time(one: Figures) -> str:
 
 def cards_table(planned: Planned) -> Table:
     """One row a card: what it can quantize, hold and serve."""
-    title = "cards (computed): tokens of context beside the result on 1 card and more"
+    counts = " ".join(map(str, planned.sizes))
+    title = f"cards (computed): tokens in the KV cache beside the result on {counts} cards"
     table = Table(title=title, title_justify="left", box=None)
     headings = ["card", "memory", "quantizes", "BF16 on", *map(str, planned.sizes)]
     paid = any(one.per_million is not None for one in planned.cards)
-    for number, heading in enumerate([*headings, *(["per 1M"] if paid else [])]):
+    for number, heading in enumerate([*headings, *(["1M tokens"] if paid else [])]):
         right = number not in (0, 2, 3)
         table.add_column(heading, no_wrap=True, justify="right" if right else "left")
     for one in planned.cards:
-        baseline = UNKNOWN if one.baseline is None else str(one.baseline)
         cells = [one.card.name, f"{one.card.gigabytes} GB", "yes" if one.quantizes else "no"]
-        cells += [baseline, *(_context(one.context[size]) for size in planned.sizes)]
+        cells.append(UNKNOWN if one.baseline is None else str(one.baseline))
+        cells += [_context(one, size, planned.request_tokens) for size in planned.sizes]
         if paid:
             cells.append(UNKNOWN if one.per_million is None else f"{one.per_million:.2f}")
         table.add_row(*cells)
     return table
 
 
-def _context(tokens: int | None) -> str:
-    """`41.2k`, rounded down; `no`: the weights do not fit; `uneven`: they do not split."""
+def _context(card: OnCard, cards: int, request: int | None) -> str:
+    """`41.2k`, rounded down; in brackets where it is less than one request; or a word of WORDS."""
+    tokens = card.context[cards]
+    if not card.serves:
+        return "kernel"
     if tokens is None:
         return "uneven"
     if tokens == 0:
         return "no"
+    return _short(tokens) if request is None or tokens >= request else f"({_short(tokens)})"
+
+
+WORDS = {
+    "no": "the weights do not fit",
+    "uneven": "heads or groups do not split evenly",
+    "kernel": "vLLM has none for the scheme from compute capability 10.0 on",
+    "(": "less than that request: lower serve.max_model_len",
+}
+"""What stands in the table instead of a count, or before it."""
+
+
+def _short(tokens: int) -> str:
     for unit, length in (("M", 10**6), ("k", 10**3)):
         if tokens >= length:
             shown = tokens / length
@@ -88,9 +108,32 @@ def _context(tokens: int | None) -> str:
 def notes(planned: Planned) -> list[str]:
     """What the tables' figures rest on, and what is missing."""
     found = [f"needs: {why}" for why in planned.missing]
+    if not planned.stages:
+        return found
+    if planned.machine == "a CPU":
+        found.append("needs: of a machine with GPUs: --set machine.gpu=H100 --set machine.gpus=2")
     bases = {one.basis for one in planned.stages if one.basis}
     found += [f"time: {basis}" for basis in sorted(bases)]
-    return found
+    return found + _cards_notes(planned)
+
+
+def _cards_notes(planned: Planned) -> list[str]:
+    """How to read the table of cards."""
+    tokens = planned.request_tokens
+    request = "one request" if tokens is None else f"one request of {tokens:,} tokens"
+    found = [
+        "cards: quantizes: one such card is enough for compress; BF16 on: so many serve the "
+        f"checkpoint as it is, with {request}"
+    ]
+    shown = [_context(one, size, tokens) for one in planned.cards for size in planned.sizes]
+    legend = [
+        f"{'in brackets' if word == '(' else word}: {why}"
+        for word, why in WORDS.items()
+        if any(cell.startswith(word) for cell in shown)
+    ]
+    if any(one.per_million is not None for one in planned.cards):
+        legend.append("1M tokens: in the currency of the price")
+    return found + ([f"cards: {'; '.join(legend)}"] if legend else [])
 
 
 def planned_json(planned: Planned) -> dict[str, Any]:
@@ -114,14 +157,19 @@ def planned_json(planned: Planned) -> dict[str, Any]:
             {
                 "name": one.card.name,
                 "bytes": one.card.bytes,
+                "bandwidth_gb_per_second": one.card.bandwidth,
+                "compute_capability": one.card.capability,
                 "formats": one.card.formats,
                 "quantizes": one.quantizes,
+                "serves": one.serves,
                 "baseline_gpus": one.baseline,
                 "context_tokens": {str(key): value for key, value in one.context.items()},
                 "per_million_tokens": one.per_million,
             }
             for one in planned.cards
         ],
+        "machine": planned.machine,
+        "request_tokens": planned.request_tokens,
         "weights": planned.weights,
         "missing": list(planned.missing),
     }

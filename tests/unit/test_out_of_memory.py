@@ -33,9 +33,7 @@ def test_version_2(tmp_path: Path) -> None:
     assert control_group.limit_bytes(tmp_path) is None
 
 
-def test_the_limit_of_a_group_around_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_of_a_group_around_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm limits the job's group; the process is two groups below it."""
     ours = tmp_path / "job" / "step" / "task"
     ours.mkdir(parents=True)

@@ -71,8 +71,12 @@ def test_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA L4, [N/A]'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert machine.gpus() == [("NVIDIA H100 80GB HBM3", 81559 << 20)]
     assert machine.device_name("cuda") == "1 × NVIDIA H100 80GB HBM3, 81559 MiB"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert machine.gpus() == [] and machine.device_name("cuda") == "CUDA GPU"
 
@@ -92,8 +96,14 @@ def test_memory_and_disk_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_pat
         llama_70b.checkpoint(), recipe(*published), tmp_path, {*KINDS, "publish"}, "cpu"
     )
     assert len(found) == 1 and "114" in found[0].message  # the copy is on the same file system
-    hub = check_resources(llama_70b.checkpoint(), recipe(), Path(), KINDS, "cpu", local=False)
+    hub = check_resources(
+        llama_70b.checkpoint(), recipe(), Path(), KINDS, "cpu", downloads=("fetch",)
+    )
     assert "this run writes about 215" in hub[0].message
+    # a local fine-tune, and its base on the Hub
+    kinds, base = {*KINDS, "fetch-base"}, ("fetch-base",)
+    one = check_resources(llama_70b.checkpoint(), recipe(), Path(), kinds, "cpu", downloads=base)
+    assert "this run writes about 215" in one[0].message
 
 
 def test_plan_shows_the_figures(tmp_path: Path) -> None:
@@ -102,7 +112,8 @@ def test_plan_shows_the_figures(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rows = {row[0]: row for line in done.output.splitlines() if (row := line.split())}
     assert rows["L4"][-1] == "1.11" and rows["H100"][-1] == "-"
-    assert "needs (computed)" in done.output and "cards (computed)" in done.output
+    assert "needs (computed), on a CPU" in done.output and "cards (computed)" in done.output
+    assert "uneven: heads or groups" in done.output and "no: the weights" not in done.output
     done = CliRunner().invoke(main, ["plan", "tiny-llama-awq", "--json", *options])
     found = json.loads(done.output)["needs"]
     assert found["cards"][3]["per_million_tokens"] == pytest.approx(2 / 1.8)
@@ -125,6 +136,7 @@ def test_plan_of_a_checkpoint_that_is_not_here(tmp_path: Path) -> None:
         done = CliRunner().invoke(main, ["plan", *arguments, *store])
         rows = {row[0]: row for line in done.output.splitlines() if (row := line.split())}
         assert "fetch               500 MB    -   141 GB" in done.output
+        assert "RTX 6000 Ada             48 GB  yes        4        (4.37k)" in done.output
         assert rows["H200"] == ["H200", "141", "GB", "yes", "2", "259k", "640k", "1.40M", "2.92M"]
     config.write_text('{"architectures": ["OtherForCausalLM"]}')
     done = CliRunner().invoke(main, ["plan", str(given), *store, "--config", str(config)])
@@ -155,3 +167,15 @@ def test_options_that_are_no_numbers(option: str, said: str, tmp_path: Path) -> 
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2
     assert said in re.sub(r"\s+", " ", done.output)
+
+
+def test_plan_says_which_machine_and_which_cards_have_no_kernel(tmp_path: Path) -> None:
+    machine = ["--set", "machine.gpu=L40S", "--set", "machine.gpus=2"]
+    arguments = ["plan", "tiny-llama-int8", "--store", str(tmp_path), *machine]
+    done = CliRunner().invoke(main, arguments)
+    assert "needs (computed), on 2 × L40S" in done.output
+    rows = {row[0]: row for line in done.output.splitlines() if (row := line.split())}
+    assert rows["B200"][-4:] == ["kernel"] * 4 and "kernel" not in rows["H200"]
+    assert "kernel: vLLM has none for the scheme" in done.output
+    done = CliRunner().invoke(main, ["plan", "llama3-70b-awq", *arguments[2:]])
+    assert re.search(r"in all +357 GB", done.output)  # source, base, result, hidden states
