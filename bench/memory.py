@@ -31,7 +31,7 @@ The streaming engine on a CPU ({machine}), {samples} x {length} random tokens: t
 size of the process, and what docs/capacity.md computes.
 
 ```
-python bench/memory.py --scratch FOLDER
+python {command}
 ```
 
 | method | shape, layers | measured | expected | expected ÷ measured |
@@ -48,7 +48,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPORT)
     options = parser.parse_args()
     machine = f"{platform.machine()}, Python {platform.python_version()}"
-    lines = [HEADING.format(machine=machine, samples=options.samples, length=options.length)]
+    lines = [
+        HEADING.format(
+            machine=machine,
+            samples=options.samples,
+            length=options.length,
+            command=" ".join(sys.argv),
+        )
+    ]
     print(lines[0])
     for name in options.shapes:
         shape, folder = SHAPES[name], options.scratch / f"memory-{name}"

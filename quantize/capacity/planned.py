@@ -27,7 +27,7 @@ from quantize.servers.vllm import NOT_ON_BLACKWELL
 SHOWN_SIZES = (1, 2, 4, 8)
 
 TOOK = "of a stage that is done, or of the last run of this recipe, what it took"
-BOUND = "with ≥, operations over the card's BF16 rate: no run is faster, see docs/capacity.md"
+BOUND = "with ≥, operations over the BF16 rate of all cards: no run is faster, see docs/capacity.md"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def planned(
     unpacks = unpacks and device == "cpu"
     needs = stage_needs(checkpoint, recipe, device, stages, downloads=downloads, unpacks=unpacks)
     target = target_gpus(recipe, accelerator)
-    least = _least(checkpoint, recipe, target.name if target else "")
+    least = _least(checkpoint, recipe, target) if target is not None else None
     price = money.price(target.name if target else "")
     missing = []
     if money.throughputs and not money.prices:
@@ -139,13 +139,12 @@ def _figures(
     return Figures(needs, seconds, bound, basis, cost)
 
 
-def _least(checkpoint: Checkpoint, recipe: Recipe, name: str) -> float | None:
-    """Seconds of the streaming engine on this card at least; None without a rate or data."""
-    card = find_card(name)
-    rate = card.bf16_tflops if card is not None else None
-    run = engine_run(recipe, "cuda")
-    if rate is None or not run.tokens or not streams(checkpoint, recipe.quantize):
+def _least(checkpoint: Checkpoint, recipe: Recipe, target: Gpus) -> float | None:
+    """Seconds of the streaming engine on all these cards at least; None without a rate or data."""
+    card, run = find_card(target.name), engine_run(recipe, "cuda")
+    if card is None or not run.tokens or not streams(checkpoint, recipe.quantize):
         return None
+    rate = card.bf16_tflops * target.count  # a process a card, see docs/engine.md
     return least_seconds(decoder(checkpoint, recipe.quantize), run, rate)
 
 

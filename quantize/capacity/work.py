@@ -8,8 +8,8 @@ quantized linears and hidden size d (multiply and add are two), as in bench/engi
   with GPTQ, about 8192 without);
 - GPTQ: n^3 / 3 for each factorisation and R n^2 for the columns of R rows.
 
-Divided by the card's dense BF16 rate: no run is faster. GPTQ's columns run in FP32 and one after
-another, and layers are read from a disk, so runs take several times as long.
+Divided by the dense BF16 rate of the cards: no run is faster. GPTQ's columns run in FP32 and one
+after another, and layers are read from a disk, so runs take several times as long.
 """
 
 from __future__ import annotations

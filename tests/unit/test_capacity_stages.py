@@ -221,6 +221,8 @@ def test_money() -> None:
     assert compress.at_least and compress.seconds is not None and compress.cost is not None
     assert compress.cost == pytest.approx(2.5 * compress.seconds / 3600)
     assert next(one for one in priced.stages if one.needs.stage == "fetch").seconds is None
+    four = figures("machine.gpu=H100", "machine.gpus=4").stages[2]
+    assert four.seconds == pytest.approx(compress.seconds / 4)  # data parallel
 
 
 def test_the_least_time_is_operations_over_the_rate() -> None:
