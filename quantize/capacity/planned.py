@@ -27,7 +27,10 @@ from quantize.servers.vllm import NOT_ON_BLACKWELL
 SHOWN_SIZES = (1, 2, 4, 8)
 
 TOOK = "of a stage that is done, or of the last run of this recipe, what it took"
-BOUND = "with ≥, operations over the BF16 rate of all cards: no run is faster, see docs/capacity.md"
+BOUND = (
+    "with ≥, operations over the BF16 rate of all cards: no run whose calibration sequences are "
+    "all full is faster, see docs/capacity.md"
+)
 
 
 @dataclass(frozen=True)

@@ -226,13 +226,20 @@ def test_money() -> None:
 
 
 def test_the_least_time_is_operations_over_the_rate() -> None:
-    model = Decoder(4, 3, (Linear("a", 8, 4),), 32, 0, 0)
+    linears = (Linear("mlp.up_proj", 8, 4), Linear("mlp.down_proj", 4, 8))
+    model = Decoder(4, 3, linears, 64, 0, 0)
     run = Run("gptq", 100, 10, "cuda")
-    one_layer = 2 * 2 * (32 + 10 * 4) * 100 + 100 * 16 + 8 * 16 + 64 / 3
-    assert operations(model, run) == pytest.approx(3 * one_layer)
-    assert operations(model, Run("awq", 100, 10, "cuda")) == 3 * (2 * (32 + 40) * 100 + 1600)
+    whole, last = 2 * (64 + 10 * 4) * 100, 2 * 32 * 100
+    grams = 100 * (4 * 4 + 8 * 8)
+    columns = 8 * 4**2 + 4 * 8**2 + (4**3 + 8**3) / 3
+    expected = 3 * (whole - last + grams + columns) + 2 * whole
+    assert operations(model, run) == pytest.approx(expected)
+    assert operations(model, Run("awq", 100, 10, "cuda")) == 3 * (whole + grams) - last
     assert operations(model, Run("fp8", 0, 0, "cuda")) == 0
-    assert least_seconds(model, run, 1e-9) == pytest.approx(3 * one_layer / 1000)
+    assert least_seconds(model, run, 1e-9) == pytest.approx(expected / 1000)
+    experts = tuple(Linear(f"mlp.experts.{n}.up_proj", 8, 4) for n in range(9))
+    sparse = Decoder(4, 3, (*linears, *experts), 64, 0, 0)
+    assert operations(sparse, run) == operations(model, run)  # a token reaches few of them
 
 
 def test_constants_are_the_engines() -> None:
@@ -310,7 +317,7 @@ def test_the_figures_of_the_docs() -> None:
     shape = attention(llama_70b.CONFIG)
     assert isinstance(shape, dict)
     size = promised_bytes(checkpoint, given)
-    hours = least_seconds(model, run, 989) / 60
+    minutes = least_seconds(model, run, 989) / 60
     price = dollars_per_million_tokens(2.5, 600)
     for said in (
         f"{model.layer_elements:,}",
@@ -325,7 +332,7 @@ def test_the_figures_of_the_docs() -> None:
         f"{found.device.bytes / 1e9:.1f} GB. So a card of 24 GB quantizes it",
         f"a 70B takes {found.host.bytes / 1e9:.0f} GB",
         f"4 *T d* = {found.disk[1].bytes / 1e9:.1f} GB",
-        f"H100: {hours:.1f} minutes",
+        f"H100: {minutes:.1f} minutes",
         f"tokens a second: {price:.2f}",
     ):
         assert said in text, said
