@@ -14,6 +14,7 @@ from quantize.checkpoint import Checkpoint, examine, model_folder
 from quantize.errors import UsageError
 from quantize.model_files import read_json_object
 from quantize.plan import Plan, StageEntry
+from quantize.planner import earlier_results
 from quantize.stages.base import Resolved
 from quantize.stages.fetch import downloads
 from quantize.stages.measure import unpacks_because
@@ -116,10 +117,8 @@ def _took(entry: StageEntry, recipe_name: str, store: Store) -> float | None:
     roles = set(entry.inputs)
     earlier = [
         manifest
-        for manifest in store.manifests(entry.kind)
-        if manifest.recipe == recipe_name
-        and set(manifest.key_inputs.get("inputs", {})) == roles
-        and len(set(manifest.key_inputs["inputs"].values())) == len(set(entry.inputs.values()))
+        for manifest in earlier_results(entry, recipe_name, store)
+        if set(manifest.key_inputs.get("inputs", {})) == roles
     ]
     latest = max(earlier, key=lambda manifest: manifest.created, default=None)
     return None if latest is None else float(latest.seconds["total"])

@@ -183,16 +183,21 @@ def _entry(
     return replace(entry, key=digest(key_inputs), key_inputs=key_inputs)
 
 
-def _why_missing(entry: StageEntry, recipe_name: str, store: Store) -> tuple[str, str]:
-    """`changed` with what differs from this recipe's nearest earlier result, or `missing`."""
+def earlier_results(entry: StageEntry, recipe_name: str, store: Store) -> list[Manifest]:
+    """What this recipe made in the stage before, under whatever key."""
     # Both measure stages are of one kind: the baseline's reads one artifact in two roles.
-    earlier = [
+    return [
         manifest
         for manifest in store.manifests(entry.kind)
         if manifest.recipe == recipe_name
         and len(set(manifest.key_inputs.get("inputs", {}).values()))
         == len(set(entry.inputs.values()))
     ]
+
+
+def _why_missing(entry: StageEntry, recipe_name: str, store: Store) -> tuple[str, str]:
+    """`changed` with what differs from this recipe's nearest earlier result, or `missing`."""
+    earlier = earlier_results(entry, recipe_name, store)
     if not earlier:
         return "missing", "not made yet"
     changes = min((_changes(manifest, entry) for manifest in earlier), key=len)

@@ -4,10 +4,9 @@
 engine holds), `estimate` (every stage), `cost`, `from_config` (shapes from a config alone).
 """
 
-from quantize.capacity.cards import CARDS, GPUS, Card, Gpu, find_card
+from quantize.capacity.cards import GPUS, Gpu
 from quantize.capacity.serving import (
     ALLOWANCE_BYTES,
-    BF16_BYTES,
     FP8_BYTES,
     attention,
     cache_tokens,
@@ -16,14 +15,10 @@ from quantize.capacity.serving import (
 
 __all__ = [
     "ALLOWANCE_BYTES",
-    "BF16_BYTES",
-    "CARDS",
     "FP8_BYTES",
     "GPUS",
-    "Card",
     "Gpu",
     "attention",
     "cache_tokens",
-    "find_card",
     "kv_bytes_per_token",
 ]
