@@ -10,16 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Literal
-
-from quantize.errors import SourceError
 
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
 """Buffers that old checkpoints carry and every loader computes."""
-
-MOST_TENSORS = 300_000
-"""Several times what any model has (Qwen3-235B-A22B: 36,945); a config may say any number."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +127,7 @@ def promised_tensors(
     """The tensors of a checkpoint with this config; None where the table cannot tell.
 
     `config` is the language model's. `fused_experts`: the experts of a layer are one tensor, as
-    transformers 5 holds them in memory, instead of one for each. SourceError where there are more
-    than a checkpoint has.
+    transformers 5 holds them in memory, instead of one for each.
     """
     family = FAMILIES.get(architecture)
     if family is None:
@@ -142,13 +135,7 @@ def promised_tensors(
     sizes = _sizes(family, config)
     if sizes is None:
         return None
-    promises = dict(islice(_model(family, sizes, fused_experts), MOST_TENSORS))
-    if len(promises) == MOST_TENSORS:
-        raise SourceError(
-            f"config.json describes {sizes.layers:,} layers, more than {MOST_TENSORS:,} tensors",
-            "correct num_hidden_layers (or the number of experts); take it from the model's page",
-        )
-    return promises
+    return dict(_model(family, sizes, fused_experts))
 
 
 @dataclass(frozen=True)
