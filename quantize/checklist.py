@@ -34,6 +34,7 @@ from quantize.source_checks import (
 )
 from quantize.stages.base import Resolved
 from quantize.stages.fetch import downloads
+from quantize.stages.measure import unpacks_because
 from quantize.template_checks import check_chat_template
 from quantize.tokenizer_checks import check_tokenizer
 
@@ -252,6 +253,7 @@ def on_resources(now: Situation, checkpoint: Checkpoint) -> Told:
         now.to_run,
         resolved.accelerator,
         downloads=downloads(resolved),
+        unpacks=unpacks_because(resolved) is not None,
     )
     return Told(findings)
 

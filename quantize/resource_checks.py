@@ -62,16 +62,18 @@ def check_resources(
     accelerator: str | None = None,
     *,
     downloads: Collection[str] = (),
+    unpacks: bool = False,
 ) -> list[Finding]:
     """Host memory, disk and GPU memory for the stages that will run.
 
     `to_run` has their kinds, and may have the ids of those that measure.
     A recipe that names `machine.gpu` is meant for such a machine. `downloads` has the ids of
     the fetch stages whose checkpoint is on the Hub: one download is counted, for `fetch` in
-    `to_run` may be the kind of `fetch-base` alone.
+    `to_run` may be the kind of `fetch-base` alone. `unpacks`: the candidate is measured in BF16.
     """
     here = accelerator or accelerator_here()
     device = here if recipe.machine.gpu is None else "cuda"
+    unpacks = unpacks and device == "cpu"
     stages = [(name, kind) for kind in CHECKED if kind in to_run for name in CHECKED[kind]]
     measured = set(CHECKED["measure"]) & set(to_run)
     if measured:  # a baseline may have been measured elsewhere
@@ -82,7 +84,7 @@ def check_resources(
         stages = [(name, kind) for name, kind in stages if kind != "measure"]
     if not stages:
         return []
-    needs = stage_needs(checkpoint, recipe, device, stages, downloads=downloads)
+    needs = stage_needs(checkpoint, recipe, device, stages, downloads=downloads, unpacks=unpacks)
     findings = _check_disk(checkpoint, recipe, store, to_run, needs)
     findings += _check_memory(needs)
     target = target_gpus(recipe, here)
@@ -117,7 +119,7 @@ def _check_disk(
         (
             store,
             f"the store {store}",
-            SLACK_BYTES + sum(one.disk_bytes for one in needs if one.kind != "measure"),
+            SLACK_BYTES + sum(p.bytes for one in needs for p in one.disk if not p.spare),
             "free some with `quantize store gc`, or name another place with --store",
         )
     ]

@@ -34,8 +34,8 @@ SERVER_BYTES = {"cpu": 3_000_000_000, "cuda": 6_000_000_000}
 DRIVER_BYTES = 600_000_000
 """What the driver's context and cuBLAS take of a GPU beside torch's tensors. An estimate."""
 
-RECORD_BYTES = 256 << 20
-"""Logs, samples and log-probabilities of one measurement."""
+RECORDS = Part("records and samples", 256 << 20, spare=True)
+"""Logs, samples and log-probabilities of one measurement. An estimate."""
 
 TOKEN_BYTES = 12
 """A calibration token on disk: its id, and its text in rows.jsonl. An estimate."""
@@ -254,7 +254,7 @@ def _measure(
     checkpoint: Checkpoint, recipe: Recipe, stage: str, device: str, unpacks: bool
 ) -> Needs:
     weights = served_bytes(checkpoint, recipe, stage, unpacks)
-    disk = [Part("records and samples", RECORD_BYTES)]
+    disk = [RECORDS]
     if stage == "measure-candidate" and unpacks:
         disk.append(Part("the weights unpacked to BF16", weights))
     process = Part("server and lm-eval", SERVER_BYTES[device], spare=True)

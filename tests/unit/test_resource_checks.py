@@ -100,6 +100,11 @@ def test_memory_and_disk_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_pat
         llama_70b.checkpoint(), recipe(), Path(), KINDS, "cpu", downloads=("fetch",)
     )
     assert "this run writes about 215" in hub[0].message
+    packed = check_resources(llama_70b.checkpoint(), recipe(), Path(), KINDS, "cpu")
+    unpacked = check_resources(llama_70b.checkpoint(), recipe(), Path(), KINDS, "cpu", unpacks=True)
+    assert packed == [] and "this run writes about 215" in unpacked[0].message
+    gpu = recipe("machine.gpu=H100", "machine.gpus=4")  # which takes packed weights
+    assert check_resources(llama_70b.checkpoint(), gpu, Path(), KINDS, "cpu", unpacks=True) == []
     # a local fine-tune, and its base on the Hub
     kinds, base = {*KINDS, "fetch-base"}, ("fetch-base",)
     one = check_resources(llama_70b.checkpoint(), recipe(), Path(), kinds, "cpu", downloads=base)
