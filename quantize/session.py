@@ -369,7 +369,6 @@ def choose_view(as_json: bool, write: Write) -> View:
         return BarView(Console(stderr=True))
 
     def to_stderr(line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
     return LineView(to_stderr)

@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -181,7 +182,20 @@ class handle_signals:
 def _on_signal(number: int, _frame: FrameType | None) -> None:
     """In the main thread, as soon as that runs Python code again."""
     _state.requested = _state.requested or number
+    if number == signal.SIGHUP:
+        _leave_terminal()
     _raise()
+
+
+def _leave_terminal() -> None:
+    """What is written to a terminal that is gone fails (EIO), and would be the run's failure."""
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            gone = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+            if gone:
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(null, descriptor)
+                os.close(null)
 
 
 def _watch(ours: socket.socket) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
-from child_process import Helper, alive, helper, wait_until
+from child_process import ROOT, Helper, alive, helper, wait_until
 
 # What every program of these tests begins with: a command that ends as `quantize run` does.
 HEAD = """
@@ -237,6 +242,28 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
         run.say()
         assert run.read() == "on"
         assert run.end() == 0
+
+
+def test_a_terminal_that_is_closed_is_no_failure(tmp_path: Path) -> None:
+    """What is written to it then fails: an exit code of its own, and the last words are lost."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program("say('in')\ntime.sleep(60)"), str(tmp_path)],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    try:
+        os.close(slave)
+        assert os.read(master, 100).strip() == b"in"
+        os.close(master)  # the kernel sends SIGHUP
+        assert process.wait(timeout=30) == 75
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_killed_supervisor_leaves_nothing_to_a_run(tmp_path: Path) -> None:
