@@ -194,16 +194,10 @@ class Session:
 
     def _begin(self, reports: Reports, as_json: bool, write: Write) -> _Running:
         """Run folder, status and runner; and what is written if the end must be by force."""
-        folder = self._run_folder()
-        recipe, gpu = self.resolved.recipe, self.resolved.accelerator == "cuda"
-        status = Status(
-            [folder / "status.json", *([reports.status] if reports.status else [])],
-            {"recipe": recipe.name, "quantize": __version__, "run": str(folder)},
-            price_per_hour=recipe.machine.price_per_hour,
-            gpu=gpu,
-            also=reports.write_metrics,
-        )
-        status.start()
+        with refusals("", self.store.root):
+            folder = self._run_folder()
+            status = self._status(folder, reports)
+            status.start()
         progress = Progress(choose_view(as_json, write), status)
         runner = Runner(self.environments, folder / "logs", progress)
         running = _Running(folder, status, runner, Outcome(), as_json, time.monotonic())
@@ -215,6 +209,16 @@ class Session:
 
         stop.on_forced_end(last_words)
         return running
+
+    def _status(self, folder: Path, reports: Reports) -> Status:
+        recipe = self.resolved.recipe
+        return Status(
+            [folder / "status.json", *([reports.status] if reports.status else [])],
+            {"recipe": recipe.name, "quantize": __version__, "run": str(folder)},
+            price_per_hour=recipe.machine.price_per_hour,
+            gpu=self.resolved.accelerator == "cuda",
+            also=reports.write_metrics,
+        )
 
     def _work(self, running: _Running, selected: Sequence[str]) -> None:
         progress = running.runner.progress
