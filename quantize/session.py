@@ -253,6 +253,7 @@ class Session:
 
         selected = select(self.plan, None, None, last)
         self.run(only=None, first=None, last=last, as_json=as_json, write=unsaid)
+        stop.go_on()
         found = {
             entry.id: self.store.get(entry.kind, entry.key)
             for entry in self.plan.stages
@@ -285,7 +286,7 @@ class Session:
 
     def _finish(self, running: _Running, error: BaseException | None, write: Write) -> None:
         """Write `result.json`; show the table (also after a failed margin)."""
-        stop.decide()
+        stop.decide(exit_code_of(error))
         running.runner.progress.close()
         result = self._result(running, error)
         running.status.end(error, result)
@@ -294,6 +295,7 @@ class Session:
         except OSError as refused:  # the disk is full: the terminal says what became of the run
             place = running.folder / "result.json"
             print(f"cannot write {place}: {refused.strerror}", file=sys.stderr)
+        stop.said()
         if running.as_json:
             import json
 
