@@ -62,10 +62,11 @@ def _in_use(root: Path) -> InUse:
         lock = lock_on(path.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
-        except Timeout:  # it lives
-            value = json.loads(path.read_text(encoding="utf-8"))
-            artifacts |= {(kind, key) for kind, key in value["artifacts"]}
-            folders.add(Path(value["folder"]))
+        except Timeout:  # it lives, or ends this moment
+            with contextlib.suppress(FileNotFoundError):
+                value = json.loads(path.read_text(encoding="utf-8"))
+                artifacts |= {(kind, key) for kind, key in value["artifacts"]}
+                folders.add(Path(value["folder"]))
         else:
             _forget(path, lock)
     return InUse(frozenset(artifacts), frozenset(folders))
