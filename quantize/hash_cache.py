@@ -70,7 +70,7 @@ class HashCache:
         kept = {name: entry for name, entry in self.entries.items() if Path(name).exists()}
         with suppress(OSError):  # a read-only home costs hashing next time, nothing else
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, kept)
+            write_json(self.path, kept, durable=False)
             self.changed = False
             self._remove_leftovers()
 

@@ -40,7 +40,8 @@ def announced(
     path = _folder(root) / f"{secrets.token_hex(8)}.json"
     lock = lock_on(path.with_suffix(".lock"))
     with _gate(root, on_wait):
-        write_json(path, {"artifacts": [list(pair) for pair in artifacts], "folder": str(folder)})
+        used = {"artifacts": [list(pair) for pair in artifacts], "folder": str(folder)}
+        write_json(path, used, durable=False)
         lock.acquire()
     try:
         yield

@@ -190,8 +190,8 @@ class Status:
         """A disk that is full now may not be so with the next beat."""
         status = self.json()
         for path in self._files:
-            with contextlib.suppress(OSError):
-                write_json(path, status)
+            with contextlib.suppress(OSError):  # the last word is worth waiting for
+                write_json(path, status, durable=bool(self._end))
         with contextlib.suppress(OSError):
             self._also({**status, "result": result})
 
@@ -211,7 +211,7 @@ class Status:
 
 def _write_at(path: Path, status: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, status)
+    write_json(path, status, durable=False)
 
 
 def describe(error: BaseException) -> dict[str, str]:

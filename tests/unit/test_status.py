@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_from_the_start_is_no_mistake_of_the_user(
 ) -> None:
     files = [tmp_path / "status.json", tmp_path / "copy.json"]
 
-    def refuse(path: Path, value: object) -> None:
+    def refuse(path: Path, value: object, **_: object) -> None:
         if path == files[which]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_json(path, value)
@@ -146,6 +146,18 @@ def test_a_disk_that_is_full_from_the_start_is_no_mistake_of_the_user(
     monkeypatch.setattr(module, "write_json", refuse)
     with pytest.raises(OSError, match="No space left"):
         Status(files, FACTS).start()
+
+
+def test_no_beat_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync takes minutes while others write; the last word alone is waited for."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    status = Status([tmp_path / "status.json"], FACTS)
+    status.start()
+    status.stage("compress", "3/9")
+    assert not synced
+    status.end(None)
+    assert synced
 
 
 def test_the_beat_goes_on_while_measuring_takes_for_ever(
