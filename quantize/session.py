@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import secrets
 import sys
 import time
@@ -296,12 +298,10 @@ class Session:
             place = running.folder / "result.json"
             print(f"cannot write {place}: {refused.strerror}", file=sys.stderr)
         stop.said()
-        if running.as_json:
-            import json
-
-            write(json.dumps(result, indent=1))
-        else:
-            self._show(running.outcome, result["places"], result, write)
+        try:
+            self._show(running, result, write)
+        except BrokenPipeError:  # nobody reads on, which does not change what became of the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _result(self, running: _Running, error: BaseException | None) -> dict[str, Any]:
         """What `result.json` says."""
@@ -331,16 +331,18 @@ class Session:
             result["summary"] = summary_json(record, where)
         return result
 
-    def _show(
-        self, outcome: Outcome, where: dict[str, str], result: dict[str, Any], write: Write
-    ) -> None:
+    def _show(self, running: _Running, result: dict[str, Any], write: Write) -> None:
         from quantize.report.summary import places_text, summary_table
         from quantize.report.tables import render
 
+        if running.as_json:
+            write(json.dumps(result, indent=1))
+            return
+        outcome = running.outcome
         if "card" in outcome.artifacts:
             record = outcome.artifacts["card"].json("record.json")
             write(render(summary_table(record)))
-        write(places_text(where))
+        write(places_text(result["places"]))
         if "error" in result:
             return
         hits = sum(1 for stage in outcome.stages if stage.state == "hit")

@@ -67,11 +67,6 @@ def interrupted() -> Interrupted:
     )
 
 
-def requested() -> bool:
-    """Whether a signal has come."""
-    return _state.requested is not None
-
-
 def check() -> None:
     """Raise Interrupted if it was asked for; in loops, for a raise that somebody swallowed.
 

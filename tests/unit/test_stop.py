@@ -329,6 +329,25 @@ def test_a_terminal_that_is_closed_is_no_failure(tmp_path: Path) -> None:
         process.wait()
 
 
+def test_a_reader_that_is_gone_is_no_failure(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "quantize", "run", "tiny-llama-fp8", "--until", "fetch"]
+    try:
+        done = subprocess.run(
+            [*command, "--store", str(tmp_path / "store")],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
 def test_a_killed_supervisor_leaves_nothing_to_a_run(tmp_path: Path) -> None:
     """What left its session, too: the kernel hands it to the run."""
     work = (
