@@ -190,21 +190,25 @@ class Environments:
         # Scripts with relative shebangs, because the folder is renamed.
         command = [*self._uv("venv"), "--relocatable", "--quiet", str(staging)]
         wanted = f"Python {environment.python}"
-        with Process([*command, "--python", environment.python], log=log) as process:
-            if process.wait() == 0:
-                return
-            reason = process.tail()
+        done, reason = self._venv(command, environment.python, log)
+        if done:
+            return
         if "No interpreter found" in reason:
             # None here and none to download: the lock's pins usually fit the running one.
             progress.note(f"{wanted} not found, using {sys.version.split()[0]}")
-            with Process([*command, "--python", sys.executable], log=log) as process:
-                if process.wait() == 0:
-                    return
-                reason = process.tail()
+            done, reason = self._venv(command, sys.executable, log)
+            if done:
+                return
         raise ResourceError(
             f"cannot create environment {environment.name} for {wanted}:\n{self._said(reason)}",
             f"install it (uv python install {environment.python}), or see the lines above",
         )
+
+    def _venv(self, command: list[str], python: str, log: Path) -> tuple[bool, str]:
+        """Whether uv made one, and its last lines; it may download an interpreter."""
+        with Process([*command, "--python", python], log=log) as process:
+            hung = guard(process, "creating an environment", DEFAULT_PATIENCE, lambda: 0)
+            return process.wait(hung) == 0, process.tail()
 
     def _sync(self, environment: Environment, staging: Path, progress: Progress, log: Path) -> None:
         lock = FOLDER / environment.locks[self.accelerator]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize import stop
 from quantize.disk import FULL, room
 from quantize.errors import ConflictError, ResourceError, UsageError
 from quantize.findings import Finding
@@ -61,10 +62,11 @@ def publish_folder(
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
-            if target.exists():
-                os.rename(target, aside or old)
-            os.rename(new, target)
-            fsync(target.parent)
+            with stop.held():  # between the two renames nothing is published
+                if target.exists():
+                    os.rename(target, aside or old)
+                os.rename(new, target)
+                fsync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             number = error.errno

@@ -46,19 +46,13 @@ class HashCache:
 
     def sha256(self, file: Path) -> str:
         """sha256 of a file, hashed only when the cache does not know it."""
-        return self._hash([file])[0]
-
-    def sha256_all(self, files: list[Path]) -> list[str]:
-        """sha256 of each file; several are hashed at once."""
-        return self._hash(files)
-
-    def remember(self, file: Path, stamp: Stamp, sha: str) -> None:
-        """Take over what was hashed elsewhere, if the file still is what it was at `stamp`."""
-        self._remember(file, stamp, sha)
+        return self.sha256_all([file])[0]
 
     def tree(self, root: Path, names: list[str]) -> str:
         """As :func:`quantize.keys.tree_sha256`: one digest of names and contents."""
-        return digest(dict(zip(names, self._hash([root / name for name in names]), strict=True)))
+        return digest(
+            dict(zip(names, self.sha256_all([root / name for name in names]), strict=True))
+        )
 
     def unknown_bytes(self, files: Iterable[Path]) -> int:
         """Bytes that would have to be read to hash `files`."""
@@ -76,7 +70,7 @@ class HashCache:
         kept = {name: entry for name, entry in self.entries.items() if Path(name).exists()}
         with suppress(OSError):  # a read-only home costs hashing next time, nothing else
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, kept)
+            write_json(self.path, kept, durable=False)
             self.changed = False
             self._remove_leftovers()
 
@@ -87,7 +81,7 @@ class HashCache:
             if (processes / "self").exists() and not (processes / path.suffixes[-2][1:]).exists():
                 path.unlink(missing_ok=True)
 
-    def _hash(self, files: list[Path]) -> list[str]:
+    def sha256_all(self, files: list[Path]) -> list[str]:
         """sha256 of each file; several are hashed at once, which a fast disk needs."""
         stamps = [stamp_of(file) for file in files]
         found = [self._known(file, stamp) for file, stamp in zip(files, stamps, strict=True)]
@@ -95,13 +89,17 @@ class HashCache:
         total, done = sum(stamps[index][0] for index in missing), 0
         with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             jobs = {pool.submit(_read_sha256, files[index]): index for index in missing}
-            for job in concurrent.futures.as_completed(jobs):
-                index = jobs[job]
-                found[index] = job.result()
-                self._remember(files[index], stamps[index], job.result())
-                done += stamps[index][0]
-                if self.on_hashed is not None:
-                    self.on_hashed(done, total)
+            try:
+                for job in concurrent.futures.as_completed(jobs):
+                    index = jobs[job]
+                    found[index] = job.result()
+                    self.remember(files[index], stamps[index], job.result())
+                    done += stamps[index][0]
+                    if self.on_hashed is not None:
+                        self.on_hashed(done, total)
+            except BaseException:  # also when interrupted: what waits is not read any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return [sha for sha in found if sha is not None]
 
     def _known(self, file: Path, stamp: Stamp) -> str | None:
@@ -110,7 +108,8 @@ class HashCache:
             return str(entry[4])
         return None
 
-    def _remember(self, file: Path, stamp: Stamp, sha: str) -> None:
+    def remember(self, file: Path, stamp: Stamp, sha: str) -> None:
+        """Keep what a file's contents hash to, if it still is what it was at `stamp`."""
         newest_ns = max(stamp[1], stamp[2])
         settled = time.time_ns() - newest_ns > self.settle_seconds * 1e9
         if settled and stamp_of(file) == stamp:

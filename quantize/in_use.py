@@ -40,7 +40,8 @@ def announced(
     path = _folder(root) / f"{secrets.token_hex(8)}.json"
     lock = lock_on(path.with_suffix(".lock"))
     with _gate(root, on_wait):
-        write_json(path, {"artifacts": [list(pair) for pair in artifacts], "folder": str(folder)})
+        used = {"artifacts": [list(pair) for pair in artifacts], "folder": str(folder)}
+        write_json(path, used, durable=False)
         lock.acquire()
     try:
         yield
@@ -62,10 +63,11 @@ def _in_use(root: Path) -> InUse:
         lock = lock_on(path.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
-        except Timeout:  # it lives
-            value = json.loads(path.read_text(encoding="utf-8"))
-            artifacts |= {(kind, key) for kind, key in value["artifacts"]}
-            folders.add(Path(value["folder"]))
+        except Timeout:  # it lives, or ends this moment
+            with contextlib.suppress(FileNotFoundError):
+                value = json.loads(path.read_text(encoding="utf-8"))
+                artifacts |= {(kind, key) for kind, key in value["artifacts"]}
+                folders.add(Path(value["folder"]))
         else:
             _forget(path, lock)
     return InUse(frozenset(artifacts), frozenset(folders))

@@ -21,27 +21,24 @@ HOST_WORDS = re.compile(
 MORE = "use a machine with more memory, or fewer or shorter samples"
 
 
-def killed_by_kernel(before: Kills) -> str | None:
-    """Who says that the kernel killed for memory since `before`, or None if nobody does."""
-    now = control_group.kills()
-    if _grown(before.group, now.group):
-        limit = control_group.limit_bytes()
-        most = f" (limit {limit / 1e9:.1f} GB)" if limit is not None else ""
-        return f"the kernel's OOM killer counts a kill in this control group{most}"
-    if _grown(before.machine, now.machine):
-        return "the kernel's OOM killer was at work on this machine"
-    return None
-
-
 def explain_end(code: int, output: str, before: Kills, peak_bytes: int) -> str | None:
-    """Why a process that ended with `code` ran out of memory, or None if nothing says so."""
+    """Why a process that ended with `code` ran out of memory, or None if nothing says so.
+
+    `before` are the kernel's counts when it began. The machine's comes last: others raise it, too.
+    """
+    now = control_group.kills()
     held = f"; its processes held up to {peak_bytes / 1e9:.1f} GB" if peak_bytes else ""
     if GPU_WORDS.search(output):
         return f"out of GPU memory (its log says so){held}"
-    if code != 0 and (who := killed_by_kernel(before)) is not None:
+    if code != 0 and _grown(before.group, now.group):
+        limit = control_group.limit_bytes()
+        most = f" (limit {limit / 1e9:.1f} GB)" if limit is not None else ""
+        who = f"the kernel's OOM killer counts a kill in this control group{most}"
         return f"out of memory: {who}{held}"
     if HOST_WORDS.search(output):
         return f"out of memory: an allocation failed (its log says so){held}"
+    if code != 0 and _grown(before.machine, now.machine):
+        return f"out of memory: the kernel's OOM killer was at work on this machine{held}"
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,7 +35,10 @@ class View(Protocol):
 
 @dataclass
 class Progress:
-    """Where stages, workers and servers report, and the only caller of the view."""
+    """Where stages, workers and servers report, and the only caller of the view.
+
+    The view may be a terminal that is gone: then nobody looks, and the work goes on.
+    """
 
     view: View
     status: Status | None = None
@@ -46,7 +49,8 @@ class Progress:
     def stage(self, stage_id: str, index: int, count: int) -> Iterator[None]:
         """Everything reported inside belongs to this stage."""
         self._step = ("", 0.0, 0.0)
-        self.view.stage(stage_id, f"{index}/{count}")
+        with suppress(OSError):
+            self.view.stage(stage_id, f"{index}/{count}")
         if self.status is not None:
             self.status.stage(stage_id, f"{index}/{count}")
         yield
@@ -60,7 +64,8 @@ class Progress:
         self._done = done
         elapsed, gained = now - self._step[1], done - self._step[2]
         eta = (total - done) * elapsed / gained if gained > 0 and total > 0 else -1.0
-        self.view.step(printable(what), done, total, unit, eta)
+        with suppress(OSError):
+            self.view.step(printable(what), done, total, unit, eta)
         inside: dict[str, Any] = {"what": what, "done": done, "total": total, "unit": unit}
         if total > 0:  # what is not known is not there
             inside["percent"] = round(100 * done / total)
@@ -71,7 +76,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.view.line(printable(text))
+        with suppress(OSError):
+            self.view.line(printable(text))
 
     def event(self, event: dict[str, Any]) -> None:
         """One line of a worker's events file; kinds that this version does not know are skipped."""
@@ -82,7 +88,8 @@ class Progress:
 
     def close(self) -> None:
         """The run is over; give the terminal back."""
-        self.view.close()
+        with suppress(OSError):
+            self.view.close()
 
 
 class LineView:

@@ -63,15 +63,22 @@ class WorkerError(Exception):
         self.kind, self.message, self.hint = kind, message, hint
 
 
-def write_atomic(path: str | Path, text: str, errors: str = "strict") -> None:
-    """Write `text` to `path` so that a kill at any moment leaves the old file or the new one."""
+def write_atomic(
+    path: str | Path, text: str, errors: str = "strict", *, durable: bool = True
+) -> None:
+    """Write `text` to `path` so that a kill at any moment leaves the old file or the new one.
+
+    A loss of power may leave neither of a file that need not be `durable`. It is not waited for:
+    a sync takes what others write to the disk with it, which may be minutes.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", errors=errors) as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:  # on a full disk every file counts
         with contextlib.suppress(OSError):
@@ -79,13 +86,13 @@ def write_atomic(path: str | Path, text: str, errors: str = "strict") -> None:
         raise
 
 
-def write_json(path: str | Path, value: object) -> None:
+def write_json(path: str | Path, value: object, *, durable: bool = True) -> None:
     """:func:`write_atomic` for a JSON value; NaN and infinities are refused.
 
     Half a character (a lone surrogate), which no UTF-8 can hold, becomes JSON's escape of it.
     """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, text, errors="backslashreplace")
+    write_atomic(path, text, errors="backslashreplace", durable=durable)
 
 
 class Events:

@@ -164,8 +164,9 @@ class Runner:
         except (TransientError, ToolError) as error:
             deadline = time.monotonic() + DYING_SECONDS
             while time.monotonic() < deadline:
-                if (code := process.poll()) is not None:
-                    end = _ended(what, code, process, explain, kills, 0)
+                code = process.poll()
+                if code is not None or process.hung:
+                    end = _ended(what, code or 0, process, explain, kills, 0)
                     raise type(end)(f"{error.message}\n{end.message}", end.hint) from error
                 time.sleep(0.1)
             raise

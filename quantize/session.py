@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import secrets
 import sys
 import time
@@ -194,16 +196,10 @@ class Session:
 
     def _begin(self, reports: Reports, as_json: bool, write: Write) -> _Running:
         """Run folder, status and runner; and what is written if the end must be by force."""
-        folder = self._run_folder()
-        recipe, gpu = self.resolved.recipe, self.resolved.accelerator == "cuda"
-        status = Status(
-            [folder / "status.json", *([reports.status] if reports.status else [])],
-            {"recipe": recipe.name, "quantize": __version__, "run": str(folder)},
-            price_per_hour=recipe.machine.price_per_hour,
-            gpu=gpu,
-            also=reports.write_metrics,
-        )
-        status.start()
+        with refusals("", self.store.root):
+            folder = self._run_folder()
+            status = self._status(folder, reports)
+            status.start()
         progress = Progress(choose_view(as_json, write), status)
         runner = Runner(self.environments, folder / "logs", progress)
         running = _Running(folder, status, runner, Outcome(), as_json, time.monotonic())
@@ -215,6 +211,16 @@ class Session:
 
         stop.on_forced_end(last_words)
         return running
+
+    def _status(self, folder: Path, reports: Reports) -> Status:
+        recipe = self.resolved.recipe
+        return Status(
+            [folder / "status.json", *([reports.status] if reports.status else [])],
+            {"recipe": recipe.name, "quantize": __version__, "run": str(folder)},
+            price_per_hour=recipe.machine.price_per_hour,
+            gpu=self.resolved.accelerator == "cuda",
+            also=reports.write_metrics,
+        )
 
     def _work(self, running: _Running, selected: Sequence[str]) -> None:
         progress = running.runner.progress
@@ -249,6 +255,7 @@ class Session:
 
         selected = select(self.plan, None, None, last)
         self.run(only=None, first=None, last=last, as_json=as_json, write=unsaid)
+        stop.go_on()
         found = {
             entry.id: self.store.get(entry.kind, entry.key)
             for entry in self.plan.stages
@@ -281,7 +288,7 @@ class Session:
 
     def _finish(self, running: _Running, error: BaseException | None, write: Write) -> None:
         """Write `result.json`; show the table (also after a failed margin)."""
-        stop.decide()
+        stop.decide(exit_code_of(error))
         running.runner.progress.close()
         result = self._result(running, error)
         running.status.end(error, result)
@@ -290,12 +297,11 @@ class Session:
         except OSError as refused:  # the disk is full: the terminal says what became of the run
             place = running.folder / "result.json"
             print(f"cannot write {place}: {refused.strerror}", file=sys.stderr)
-        if running.as_json:
-            import json
-
-            write(json.dumps(result, indent=1))
-        else:
-            self._show(running.outcome, result["places"], result, write)
+        stop.said()
+        try:
+            self._show(running, result, write)
+        except BrokenPipeError:  # nobody reads on, which does not change what became of the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _result(self, running: _Running, error: BaseException | None) -> dict[str, Any]:
         """What `result.json` says."""
@@ -325,16 +331,18 @@ class Session:
             result["summary"] = summary_json(record, where)
         return result
 
-    def _show(
-        self, outcome: Outcome, where: dict[str, str], result: dict[str, Any], write: Write
-    ) -> None:
+    def _show(self, running: _Running, result: dict[str, Any], write: Write) -> None:
         from quantize.report.summary import places_text, summary_table
         from quantize.report.tables import render
 
+        if running.as_json:
+            write(json.dumps(result, indent=1))
+            return
+        outcome = running.outcome
         if "card" in outcome.artifacts:
             record = outcome.artifacts["card"].json("record.json")
             write(render(summary_table(record)))
-        write(places_text(where))
+        write(places_text(result["places"]))
         if "error" in result:
             return
         hits = sum(1 for stage in outcome.stages if stage.state == "hit")
@@ -369,7 +377,6 @@ def choose_view(as_json: bool, write: Write) -> View:
         return BarView(Console(stderr=True))
 
     def to_stderr(line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
     return LineView(to_stderr)

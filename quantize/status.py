@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from quantize import control_group, stop
+from quantize.disk import FULL
 from quantize.errors import Interrupted, Said, UsageError
 from quantize.gpu_processes import gpu_processes, used_bytes
 from quantize.protocol import write_json
@@ -80,7 +81,7 @@ def resident_bytes(pid: int) -> int:
 
 
 class Status:
-    """What is known of a run, and the files that say it. One thread writes, any may tell."""
+    """What is known of a run, and the files that say it. Any thread may tell."""
 
     def __init__(
         self,
@@ -111,18 +112,33 @@ class Status:
         self._over = threading.Event()
 
     def start(self) -> None:
-        """Write the first status, which shows whether the files can be written, and go on."""
-        status = self.json()
+        """Write the first status, which shows whether the files can be written, and go on.
+
+        The first file lies with the run's other files: where that cannot be written they cannot,
+        and it is an OSError. Of the others it is a UsageError, unless their disk is full.
+        """
         try:
-            for path in self._files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, status)
+            self._write_first()
+        except (OSError, UsageError) as error:
+            self.end(error)  # what could be written does not say for ever that it is running
+            raise
+        for work in (self._beat, self._measure):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _write_first(self) -> None:
+        status = self.json()
+        for path in self._files[:1]:
+            _write_at(path, status)
+        try:
+            for path in self._files[1:]:
+                _write_at(path, status)
             self._also(status)
         except OSError as error:
+            if error.errno in FULL:
+                raise
             raise UsageError(
                 f"cannot write the run's status: {error}", "name other --status and --metrics files"
             ) from error
-        threading.Thread(target=self._run, daemon=True).start()
 
     def stage(self, stage_id: str, position: str) -> None:
         """Another stage has begun."""
@@ -174,16 +190,28 @@ class Status:
         """A disk that is full now may not be so with the next beat."""
         status = self.json()
         for path in self._files:
-            with contextlib.suppress(OSError):
-                write_json(path, status)
+            with contextlib.suppress(OSError):  # the last word is worth waiting for
+                write_json(path, status, durable=bool(self._end))
         with contextlib.suppress(OSError):
             self._also({**status, "result": result})
 
-    def _run(self) -> None:
+    def _beat(self) -> None:
+        """Nothing but this: a status that is late is that of a dead run."""
         while not self._over.wait(STATUS_SECONDS):
+            with contextlib.suppress(OSError):
+                self.write()
+
+    def _measure(self) -> None:
+        """Beside the beat, since a GPU's driver may keep nvidia-smi waiting."""
+        while not self._over.is_set():
             with contextlib.suppress(psutil.Error, OSError):
                 self.memory.sample()
-            self.write()
+            self._over.wait(STATUS_SECONDS)
+
+
+def _write_at(path: Path, status: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, status, durable=False)
 
 
 def describe(error: BaseException) -> dict[str, str]:

@@ -8,7 +8,9 @@ The first signal (SIGINT, SIGTERM, SIGUSR1, SIGHUP)
 - sets a deadline: EXIT_SECONDS later the process is gone, whatever the main thread is stuck in. A
   thread watches over that: Python runs a handler only when the main thread comes back to it.
 
-A second signal does not wait for the deadline. Both ends kill the children first.
+A second signal does not wait for the deadline. Both ends kill the children first. Once the result
+is written (:func:`decide`, :func:`said`) a signal changes nothing any more: the process ends with
+the result's code, if need be at once.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +33,9 @@ EXIT_SECONDS = 17.0
 """From the first signal to the end by force. With what that takes it is less than 20 s."""
 GONE_SECONDS = 1.5
 """How long an end by force waits for the children to be gone, and then for the last words."""
+TWICE_SECONDS = 0.2
+"""A signal so soon after the first is the same one: `timeout` sends it to the process and to its
+group, a terminal to a wrapper that passes it on, too."""
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -43,10 +49,10 @@ class _State:
         """Nothing has been asked."""
         self.requested: int | None = None  # the first signal
         self.raised = False  # the main thread knows
-        self.decided = False  # the result is known: a signal changes nothing any more
+        self.code: int | None = None  # of the result, once it is known
         self.depth = 0  # of `held` blocks
         self.children: set[int] = set()  # process ids of supervisors
-        self.last_words: Callable[[Interrupted], None] = lambda _error: None
+        self.last_words: Callable[[Interrupted], None] | None = None  # none, or said
         self.collects_orphans = False
 
 
@@ -61,11 +67,6 @@ def interrupted() -> Interrupted:
     )
 
 
-def requested() -> bool:
-    """Whether a signal has come."""
-    return _state.requested is not None
-
-
 def check() -> None:
     """Raise Interrupted if it was asked for; in loops, for a raise that somebody swallowed.
 
@@ -76,16 +77,34 @@ def check() -> None:
 
 
 def _raise(*, again: bool = False) -> None:
-    if _state.requested is None or _state.depth or _state.decided:
+    if _state.requested is None or _state.depth or _state.code is not None:
         return
     if again or not _state.raised:
         _state.raised = True
         raise interrupted()
 
 
-def decide() -> None:
-    """The result is known and will be written: no signal raises until the end of the block."""
-    _state.decided = True
+def decide(code: int) -> None:
+    """The result is known, and its exit code: no signal raises until :func:`go_on`."""
+    _state.code = code
+
+
+def said() -> None:
+    """The result is written: an end by force has nothing to add to it."""
+    _state.last_words = None
+
+
+def go_on() -> None:
+    """That result was a part of what the command is to do: signals count again, as do earlier."""
+    _state.code = None
+    check()
+
+
+def exit_code() -> int:
+    """Of a process that ends this moment."""
+    if _state.code is None or _state.last_words is not None:
+        return Interrupted.exit_code
+    return _state.code
 
 
 class held:
@@ -97,8 +116,6 @@ class held:
     def __exit__(self, *_: object) -> None:
         _state.depth -= 1
         _raise()
-        if _state.depth == 0:
-            _state.decided = False
 
 
 class interruptible:
@@ -167,7 +184,7 @@ class handle_signals:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        decide()
+        _state.depth += 1  # nothing raises from here on
         for pid in children():  # started in the moment in which the signal came
             _end(pid)
         signal.set_wakeup_fd(self._fd)
@@ -181,7 +198,20 @@ class handle_signals:
 def _on_signal(number: int, _frame: FrameType | None) -> None:
     """In the main thread, as soon as that runs Python code again."""
     _state.requested = _state.requested or number
+    if number == signal.SIGHUP:
+        _leave_terminal()
     _raise()
+
+
+def _leave_terminal() -> None:
+    """What is written to a terminal that is gone fails (EIO), and would be the run's failure."""
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            gone = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+            if gone:
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(null, descriptor)
+                os.close(null)
 
 
 def _watch(ours: socket.socket) -> None:
@@ -193,9 +223,11 @@ def _watch(ours: socket.socket) -> None:
         for pid in children():
             _send(pid, signal.SIGTERM)
         ours.settimeout(EXIT_SECONDS)
+        first = time.monotonic()
         with contextlib.suppress(TimeoutError):
-            while (number := _next(ours)) and number not in NUMBERS:
-                continue
+            while number := _next(ours):
+                if number in NUMBERS and time.monotonic() - first > TWICE_SECONDS:
+                    break
             if number is None:
                 return
         end_by_force()
@@ -213,10 +245,12 @@ def end_by_force() -> None:
     deadline = time.monotonic() + GONE_SECONDS
     while time.monotonic() < deadline and not all(_is_over(pid) for pid in children()):
         time.sleep(0.01)
-    words = threading.Thread(target=_state.last_words, args=(interrupted(),), daemon=True)
-    words.start()
-    words.join(GONE_SECONDS)  # the disk may be what hangs
-    os._exit(Interrupted.exit_code)
+    code = exit_code()
+    if _state.last_words is not None:
+        words = threading.Thread(target=_state.last_words, args=(interrupted(),), daemon=True)
+        words.start()
+        words.join(GONE_SECONDS)  # the disk may be what hangs
+    os._exit(code)
 
 
 def _end(pid: int) -> None:

@@ -47,8 +47,10 @@ def descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, IndexError, ValueError):
-                # the name in parentheses may hold spaces: fields are counted from its end
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                # the name in parentheses may hold spaces, or half a character (it is cut to 15
+                # bytes): fields are counted from its end
+                text = (entry / "stat").read_text(errors="replace")
+                fields = text.rpartition(")")[2].split()
                 if fields[0] != "Z":
                     parents.setdefault(int(fields[1]), []).append(int(entry.name))
     found: list[int] = []

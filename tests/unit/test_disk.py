@@ -82,6 +82,21 @@ def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     status.end(None)
 
 
+def test_a_store_that_is_full_when_a_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, value: object, **_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("quantize.status.write_json", refuse)
+    with pytest.raises(SystemExit) as caught:
+        main.main(["run", "tiny-llama-fp8", "--until", "fetch", "--store", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert caught.value.code == 4
+    assert f"bytes are free at {tmp_path}" in said
+    assert "--metrics" not in said
+
+
 def test_a_torn_event_is_skipped(tmp_path: Path) -> None:
     """A full disk tears a line, and the next event is appended to it."""
     lines: list[str] = []

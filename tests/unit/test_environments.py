@@ -19,7 +19,8 @@ from child_process import ROOT, Helper, alive, helper, wait_until
 
 from quantize import environments as module
 from quantize.environments import MARK, Environment, Environments, cache_folder
-from quantize.errors import ResourceError, UsageError
+from quantize.errors import ResourceError, TransientError, UsageError
+from quantize.liveness import Patience
 from quantize.process import Process
 from quantize.progress import LineView, Progress
 
@@ -251,6 +252,19 @@ def test_a_killed_install_is_no_environment(toy: Toy) -> None:
     toy.install()
     assert toy.environments.installed("toy")
     assert toy.leftovers() == [toy.final.name]
+
+
+def test_a_uv_that_hangs_is_ended(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It downloads an interpreter where there is none."""
+    silent = tmp_path / "uv"
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(module, "uv", lambda: str(silent))
+    monkeypatch.setattr(module, "DEFAULT_PATIENCE", Patience(0.5, 600.0))
+    with pytest.raises(TransientError, match="creating an environment hung and was ended"):
+        toy.install()
 
 
 def test_killed_right_before_the_rename(toy: Toy) -> None:

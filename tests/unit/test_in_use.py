@@ -12,6 +12,7 @@ from child_process import helper
 from quantize import housekeeping
 from quantize.housekeeping import collect_garbage
 from quantize.in_use import announced, collecting
+from quantize.locks import lock_on
 from quantize.plan import StageEntry
 from quantize.store import KEEP_RUNS, Store
 
@@ -47,6 +48,15 @@ def make(store: Store, key: str) -> Path:
         (staging.files / "weights").write_text(key)
         made = store.commit(staging, key_inputs={}, recipe="r", seconds={}, versions={})
         return made.path
+
+
+def test_a_run_that_ends_while_it_is_looked_at(tmp_path: Path) -> None:
+    """Its list is gone and its lock is still held."""
+    runs = tmp_path / ".locks" / "runs"
+    runs.mkdir(parents=True)
+    (runs / "a.json").symlink_to("gone")
+    with lock_on(runs / "a.lock"), collecting(tmp_path) as in_use:
+        assert not in_use.artifacts
 
 
 @pytest.fixture

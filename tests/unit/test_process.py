@@ -192,6 +192,18 @@ def test_what_is_started_while_it_ends_is_ended_too(log: Path) -> None:
     assert process.poll() == 128 + signal.SIGTERM
 
 
+def test_a_child_whose_name_is_no_text_is_ended(log: Path, short_grace: None) -> None:
+    """The kernel cuts names to 15 bytes, which may be half a character; it was found by nobody."""
+    code = (
+        "import ctypes, os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "ctypes.CDLL(None).prctl(15, b'\\xc3'); print(os.getpid(), flush=True); signal.pause()"
+    )
+    with Process([sys.executable, "-c", code], log=log) as process:
+        [pid] = pids(log, 1)
+        assert pid in supervise.descendants(process.pid)
+    assert_gone(pid)
+
+
 def test_adopted_children_do_not_stay_as_zombies(log: Path) -> None:
     orphans = "for i in 1 2 3 4 5; do (true &) ; done; echo $$; exec " + SLEEP
     with Process(shell(orphans), log=log) as process:

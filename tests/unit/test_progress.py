@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import time
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -209,3 +211,21 @@ def test_a_closed_terminal_is_given_back_once(terminal: Terminal) -> None:
     view.close()
     view.close()
     assert terminal.raw.count("\x1b[?25h") == 1
+
+
+class Gone:
+    """A terminal that was closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        def write(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        return write
+
+
+def test_work_goes_on_when_nobody_looks(clock: Clock) -> None:
+    progress = Progress(Gone())
+    with progress.stage("compress", 1, 2):
+        progress.step("layers", 1, 2)
+        progress.note("a line")
+    progress.close()

@@ -1,5 +1,6 @@
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -287,3 +288,23 @@ def test_hashing_reports_bytes(tmp_path: Path) -> None:
 def test_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot read"):
         HashCache(tmp_path / "c.json").sha256(tmp_path / "absent")
+
+
+def test_what_waits_is_not_hashed_when_one_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a signal comes: a checkpoint may be a hundred files of 5 GB."""
+    files = [tmp_path / str(number) for number in range(40)]
+    for file in files:
+        file.write_text("")
+    read: list[Path] = []
+
+    def slowly(file: Path) -> str:
+        read.append(file)
+        time.sleep(0.02)
+        raise SourceError(f"cannot read {file}")
+
+    monkeypatch.setattr("quantize.hash_cache._read_sha256", slowly)
+    with pytest.raises(SourceError):
+        HashCache(tmp_path / "cache.json").sha256_all(files)
+    assert len(read) < len(files)

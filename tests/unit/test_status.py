@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from quantize.errors import GateError, Interrupted, UsageError
 from quantize.metrics_file import check_name, write_metrics
 from quantize.process import Process
 from quantize.progress import LineView, Progress
+from quantize.protocol import write_json
 from quantize.status import Memory, Status, resident_bytes
 
 FACTS = {"recipe": "tiny", "quantize": "1.0", "run": "/runs/tiny-1"}
@@ -124,8 +126,51 @@ def test_a_reader_never_sees_half_a_status(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_said_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    own = tmp_path / "status.json"
     with pytest.raises(UsageError, match="cannot write the run's status"):
-        Status([tmp_path / "file" / "status.json"], FACTS).start()
+        Status([own, tmp_path / "file" / "status.json"], FACTS).start()
+    assert (read(own)["state"], read(own)["exit_code"]) == ("failed", 2)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_disk_that_is_full_from_the_start_is_no_mistake_of_the_user(
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / "status.json", tmp_path / "copy.json"]
+
+    def refuse(path: Path, value: object, **_: object) -> None:
+        if path == files[which]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr(module, "write_json", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        Status(files, FACTS).start()
+
+
+def test_no_beat_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync takes minutes while others write; the last word alone is waited for."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    status = Status([tmp_path / "status.json"], FACTS)
+    status.start()
+    status.stage("compress", "3/9")
+    assert not synced
+    status.end(None)
+    assert synced
+
+
+def test_the_beat_goes_on_while_measuring_takes_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Memory, "sample", lambda memory: time.sleep(600))
+    path = tmp_path / "status.json"
+    status = Status([path], FACTS)
+    status.start()
+    time.sleep(0.2)  # until it measures
+    first = read(path)["time"]
+    wait_until(lambda: read(path)["time"] > first + 0.1, "more beats", 5)
+    status.end(None)
 
 
 def test_a_disk_that_is_full_for_a_while_ends_nothing(tmp_path: Path) -> None:
@@ -208,12 +253,14 @@ def test_the_textfile_is_what_the_collector_reads(tmp_path: Path) -> None:
     with progress.stage('measure-"candidate"\n', 6, 9):
         progress.step("windows", 16, 64)
         wait_until(lambda: ("quantize_stage_progress_ratio",) in samples(path), "a beat")
+        peak = ("quantize_peak_memory_bytes", "processes")
+        wait_until(lambda: peak in samples(path), "a measurement")
         found = samples(path)
         assert found["quantize_stage_progress_ratio",] == 0.25
         assert (found["quantize_run_stage_index",], found["quantize_run_stages",]) == (6, 9)
         (info,) = (key for key in found if key[0] == "quantize_run_info")
         assert info[1:] == (platform.node(), "1.0", "/runs/tiny-1", 'measure-"candidate"\n')
-        assert found["quantize_peak_memory_bytes", "processes"] > 5e6
+        assert found[peak] > 5e6
         assert found["quantize_cost_total",] >= 0
         assert found["quantize_run_state", "running"] == 1
         assert abs(found["quantize_last_update_timestamp_seconds",] - time.time()) < 20

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
-from child_process import Helper, alive, helper, wait_until
+from child_process import ROOT, Helper, alive, helper, wait_until
 
 # What every program of these tests begins with: a command that ends as `quantize run` does.
 HEAD = """
@@ -116,6 +121,7 @@ def test_last_words_that_hang_hold_nothing(tmp_path: Path) -> None:
     with helper(program(work), tmp_path) as run:
         assert run.read() == "in"
         send(run)
+        time.sleep(0.5)
         began = send(run, "SIGINT")
         assert run.end() == 75
         assert time.monotonic() - began < 4
@@ -216,9 +222,7 @@ def test_a_child_that_starts_after_the_signal_is_ended_at_once(tmp_path: Path) -
 
 
 def test_what_is_decided_stays_so(tmp_path: Path) -> None:
-    work = (
-        "with stop.held():\n    stop.decide()\n    say('in')\n    sys.stdin.readline()\nsay('done')"
-    )
+    work = "stop.decide(0)\nsay('in')\nsys.stdin.readline()\nsay('done')"
     with helper(program(work), tmp_path) as run:
         assert run.read() == "in"
         send(run)
@@ -226,6 +230,70 @@ def test_what_is_decided_stays_so(tmp_path: Path) -> None:
         run.say()
         assert run.read() == "done"
         assert run.end() == 0
+
+
+def test_a_signal_that_is_sent_twice_is_one(tmp_path: Path) -> None:
+    with helper(program(HELD), tmp_path) as run:
+        assert run.read() == "held"
+        for _ in range(3):
+            send(run)
+            time.sleep(0.02)
+        time.sleep(0.2)
+        run.say()
+        assert run.read() == "whole"
+        assert run.read().startswith("stopped by SIGTERM")
+        assert run.end() == 75
+
+
+def test_what_is_written_has_its_code_however_it_ends(tmp_path: Path) -> None:
+    words = "stop.on_forced_end(lambda error: (folder / 'words').write_text(error.message))"
+    work = f"{words}\nstop.decide(3)\nstop.said()\nsay('in')\nstuck()"
+    with helper(program(work), tmp_path) as run:
+        assert run.read() == "in"
+        send(run)
+        time.sleep(0.5)
+        send(run)
+        assert run.end() == 3
+    assert not (tmp_path / "words").exists()
+
+
+def test_what_is_decided_but_not_written_is_interrupted(tmp_path: Path) -> None:
+    words = "stop.on_forced_end(lambda error: (folder / 'words').write_text(error.message))"
+    with helper(program(f"{words}\nstop.decide(3)\nsay('in')\nstuck()"), tmp_path) as run:
+        assert run.read() == "in"
+        send(run)
+        time.sleep(0.5)
+        send(run)
+        assert run.end() == 75
+    assert (tmp_path / "words").exists()
+
+
+def test_signals_count_again_for_what_follows_a_result(tmp_path: Path) -> None:
+    work = "stop.decide(0)\nsay('in')\nsys.stdin.readline()\nstop.go_on()\nsay('not reached')"
+    with helper(program(work), tmp_path) as run:
+        assert run.read() == "in"
+        send(run)
+        time.sleep(0.2)
+        run.say()
+        assert run.read().startswith("stopped by SIGTERM")
+        assert run.end() == 75
+
+
+@pytest.mark.parametrize(("work", "code"), [("stop.decide(3); stop.said()", 3), ("pass", 75)])
+def test_between_the_end_of_a_run_and_that_of_the_process(
+    work: str, code: int, tmp_path: Path
+) -> None:
+    outside = (
+        "from quantize import __main__, cli\n"
+        "def command():\n"
+        f"    with handle_signals():\n        {work}\n"
+        "    say('over')\n    time.sleep(60)\n"
+        "cli.main = command\n__main__.start()\n"
+    )
+    with helper(HEAD + outside, tmp_path) as run:
+        assert run.read() == "over"
+        send(run)
+        assert run.end() == code
 
 
 def test_nohup_is_respected(tmp_path: Path) -> None:
@@ -237,6 +305,47 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
         run.say()
         assert run.read() == "on"
         assert run.end() == 0
+
+
+def test_a_terminal_that_is_closed_is_no_failure(tmp_path: Path) -> None:
+    """What is written to it then fails: an exit code of its own, and the last words are lost."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program("say('in')\ntime.sleep(60)"), str(tmp_path)],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    try:
+        os.close(slave)
+        assert os.read(master, 100).strip() == b"in"
+        os.close(master)  # the kernel sends SIGHUP
+        assert process.wait(timeout=30) == 75
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_reader_that_is_gone_is_no_failure(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "quantize", "run", "tiny-llama-fp8", "--until", "fetch"]
+    try:
+        done = subprocess.run(
+            [*command, "--store", str(tmp_path / "store")],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert "BrokenPipe" not in done.stderr
 
 
 def test_a_killed_supervisor_leaves_nothing_to_a_run(tmp_path: Path) -> None:
