@@ -14,7 +14,7 @@ from child_process import ROOT, helper
 from quantize import control_group
 from quantize.control_group import Kills, own_group
 from quantize.machine import memory_bytes
-from quantize.out_of_memory import explain_end, killed_by_kernel, of_sigkill
+from quantize.out_of_memory import explain_end, of_sigkill
 
 NOW = control_group.kills()
 
@@ -94,11 +94,13 @@ def test_other_ends_are_not_blamed_on_memory(output: str) -> None:
 def test_a_sigkill_is_said_as_far_as_it_is_known() -> None:
     assert of_sigkill(Kills(None, None), 0) == "perhaps for using too much memory"
     assert "the kernel counts no kill for memory: by somebody else" in of_sigkill(NOW, 0)
-    assert killed_by_kernel(control_group.kills()) is None
+    assert explain_end(137, "", control_group.kills(), 0) is None
     machine = control_group.kills().machine
     if machine is not None:
         earlier = Kills(None, machine - 1)
-        assert killed_by_kernel(earlier) == "the kernel's OOM killer was at work on this machine"
+        said = "out of memory: the kernel's OOM killer was at work on this machine"
+        assert explain_end(137, "", earlier, 0) == said
+        assert "an allocation failed" in str(explain_end(1, "MemoryError", earlier, 0))
 
 
 # --- real ends ------------------------------------------------------------------------------------
