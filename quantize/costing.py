@@ -14,6 +14,7 @@ from quantize.checkpoint import Checkpoint, examine, model_folder
 from quantize.errors import UsageError
 from quantize.model_files import read_json_object
 from quantize.plan import Plan, StageEntry
+from quantize.remote_code import LET_IN
 from quantize.stages.base import Resolved
 from quantize.stages.measure import unpacks_because
 from quantize.store import Store
@@ -97,7 +98,7 @@ def known_checkpoint(resolved: Resolved, plan: Plan, store: Store) -> tuple[Chec
             known = _from_config(config, Path()) if config is not None else None
             return known, ABSENT if known is None else FROM_CONFIG
         folder = model_folder(artifact)
-    checkpoint, findings = examine(folder)
+    checkpoint, findings = examine(folder, code=LET_IN)
     return checkpoint, findings[0].message if findings else ""
 
 
