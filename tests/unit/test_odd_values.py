@@ -14,7 +14,7 @@ from quantize.errors import QuantizeError
 from quantize.printable import printable
 from quantize.stages.base import Resolved
 
-VALUES = (0, -1, 3, 2**31, 10**30, "x", "\u00b2", [], [None], {"a": 1}, None, True, 1.5)
+VALUES = (0, -1, 3, 2**31, 10**30, "x", "\u00b2", [], [None], [[1]], {"a": 1}, None, True, 1.5)
 CHECKED = (
     *("checkpoint files", "tensor names and shapes", "tokenizer", "schemes and groups"),
     *("tensor parallelism", "lengths", "disk and memory"),
