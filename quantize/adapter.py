@@ -61,7 +61,7 @@ class Adapter:
     def rank_of(self, module: str) -> int:
         """The rank that the config gives a module: that of the first pattern it ends with, or r."""
         for pattern, rank in (self.config.get("rank_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern.removeprefix('^')})", module):
+            if re.fullmatch(_ending(pattern), module):
                 return int(rank)
         return int(self.config["r"])
 
@@ -112,7 +112,7 @@ def read_adapter(folder: Path) -> tuple[Adapter | None, list[Finding]]:
             )
         )
     elif config:
-        findings += _bad_ranks(folder, config)
+        findings += _bad_ranks(folder, config) + _bad_names(folder, config)
     if not findings and not tensors:
         findings.append(Finding(f"{folder / WEIGHTS} holds no tensors", "save the adapter again"))
     if findings:
@@ -148,7 +148,7 @@ def _bad_ranks(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
     patterns = config.get("rank_pattern") or {}
     if not isinstance(patterns, dict):
         return [Finding(f"{folder / CONFIG}: rank_pattern is no mapping", "correct rank_pattern")]
-    unclear = [pattern for pattern in patterns if not _compiles(pattern)]
+    unclear = [pattern for pattern in patterns if not _compiles(_ending(pattern))]
     if unclear:
         what = shortened(unclear[0])
         message = f"{folder / CONFIG}: rank_pattern has {what!r}, which is no pattern"
@@ -161,6 +161,35 @@ def _bad_ranks(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
         f"{folder / CONFIG} gives a rank of {shortened(repr(bad[0]))}, not a whole number above 0"
     )
     return [Finding(message, "correct r and rank_pattern")]
+
+
+def _bad_names(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
+    """What names modules and layers: lists, or a pattern or a number where peft takes one."""
+
+    def is_list(value: Any, kind: type) -> bool:
+        return isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+    sound = {
+        key: is_list(config.get(key), str)
+        or (isinstance(config.get(key), str) and _compiles(config[key]))
+        for key in ("target_modules", "exclude_modules")
+    }
+    layers = config.get("layers_to_transform")
+    sound["layers_to_transform"] = type(layers) is int or is_list(layers, int)
+    sound["modules_to_save"] = is_list(config.get("modules_to_save"), str)
+    return [
+        Finding(
+            f"{folder / CONFIG}: {key} is {shortened(repr(config[key]))}, which names nothing",
+            f"correct {key}, or save the adapter again",
+        )
+        for key, fine in sound.items()
+        if config.get(key) is not None and not fine
+    ]
+
+
+def _ending(pattern: str) -> str:
+    """A pattern of rank_pattern as peft applies it: to the end of a module's name."""
+    return rf"(.*\.)?({pattern.removeprefix('^')})"
 
 
 def _compiles(pattern: str) -> bool:

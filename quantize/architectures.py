@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
@@ -121,6 +122,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+MOST_TENSORS = 300_000
+"""Where promises end: four times what the largest models have, since a config may promise anything
+(384 experts in 61 layers take 70,000)."""
+
+
 def promised_tensors(
     architecture: str, config: Mapping[str, Any], *, fused_experts: bool = False
 ) -> Promises | None:
@@ -135,7 +141,7 @@ def promised_tensors(
     sizes = _sizes(family, config)
     if sizes is None:
         return None
-    return dict(_model(family, sizes, fused_experts))
+    return dict(islice(_model(family, sizes, fused_experts), MOST_TENSORS))
 
 
 @dataclass(frozen=True)
@@ -271,8 +277,10 @@ def _is_sparse(experts: Experts, sizes: _Sizes, layer: int) -> bool:
     if not experts.some_dense:
         return True
     step = sizes.config.get("decoder_sparse_step", 1)
-    dense = sizes.config.get("mlp_only_layers") or ()
-    return layer not in dense and bool(step) and (layer + 1) % step == 0
+    dense = sizes.config.get("mlp_only_layers")
+    if isinstance(dense, list) and layer in dense:
+        return False
+    return type(step) is int and step != 0 and (layer + 1) % step == 0
 
 
 def _experts(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantize import preflight as parts
@@ -21,7 +21,7 @@ from quantize.checkpoint import Checkpoint, examine
 from quantize.engine.support import why_not
 from quantize.environment_checks import check_environments, check_loopback, check_server
 from quantize.environments import Environments
-from quantize.errors import Interrupted, QuantizeError
+from quantize.errors import QuantizeError
 from quantize.findings import Finding, Told, raise_findings
 from quantize.header_checks import check_headers, notes_on_dtypes, promises_of
 from quantize.parallel_checks import cpu_kernel_findings
@@ -52,9 +52,13 @@ class Situation:
     environments: Environments | None = None
     wanted: tuple[str, ...] = ()  # names of the environments that the run enters
     outline: Path | None = None  # a Hub checkpoint without its weights
-    examined: bool = False
     checkpoint: Checkpoint | None = None
-    files: Told = field(default_factory=Told)  # what reading the checkpoint told
+
+    def unread(self, name: str) -> str:
+        """Why an input that is not here cannot be looked at."""
+        if name in self.resolved.digests:
+            return "it cannot be read before it is fetched"
+        return "it is neither here nor at a known commit of the Hub: see inputs"
 
     @property
     def folder(self) -> Path | None:
@@ -119,8 +123,9 @@ def on_source(now: Situation) -> Told:
 def on_files(now: Situation) -> Told:
     """config.json, safetensors headers, index, tokenizer files; no code, nothing quantized."""
     if now.folder is None or ("model" not in now.resolved.paths and not any(now.folder.iterdir())):
-        return Told(unchecked="the checkpoint cannot be read before it is fetched")
-    now.checkpoint, findings = examine(now.folder, code=now.resolved.recipe.model.trust_remote_code)
+        return Told(unchecked=now.unread("model"))
+    pin = now.resolved.recipe.model.trust_remote_code
+    now.checkpoint, findings = examine(now.folder, code=pin, commit=now.resolved.commit("model"))
     if "base" in now.resolved.paths:
         findings += examine(now.resolved.paths["base"])[1]
     if now.checkpoint is None or findings:
@@ -208,7 +213,7 @@ def on_adapter(now: Situation) -> Told:
     if model.adapter is None:
         return Told(skipped="the recipe has no adapter")
     if "adapter" not in now.resolved.paths:
-        return Told(unchecked="the adapter cannot be read before it is fetched")
+        return Told(unchecked=now.unread("adapter"))
     path = now.resolved.paths["adapter"]
     return Told(check_adapter(path, model.adapter_mode or "merge", now.checkpoint))
 
@@ -218,7 +223,7 @@ def on_calibration(now: Situation) -> Told:
     path = now.resolved.paths.get("calibration")
     if path is None:
         if now.resolved.recipe.quantize.needs_calibration:
-            return Told(unchecked="the data cannot be read before they are fetched")
+            return Told(unchecked=now.unread("calibration"))
         return Told(skipped="the method needs no data")
     if "calibrate" not in now.to_run:
         return Told(skipped="it is calibrated already")
@@ -298,7 +303,12 @@ def on_url_target(now: Situation) -> Told:
     url = now.resolved.recipe.publish.url
     if url is None or "publish" not in now.to_run:
         return Told(skipped="nothing is published to a URL")
-    return Told(parts.check_place(url)) if now.online else Told(unchecked="offline")
+    if not now.online:
+        return Told(unchecked="offline")
+    from quantize.bucket.target import check_url
+
+    check_url(url)
+    return Told()
 
 
 def on_signature(now: Situation) -> Told:
@@ -365,8 +375,6 @@ def _told(check: Check, now: Situation) -> Told:
     """What a check tells; an error of ours that it meets is a finding."""
     try:
         return check.make(now)
-    except Interrupted:
-        raise
     except QuantizeError as error:
         return Told([Finding.of(error)])
 

@@ -146,12 +146,17 @@ def read_checkpoint(
 
 
 def examine(
-    folder: Path, *, allow_quantized: bool = False, code: str | None = None
+    folder: Path,
+    *,
+    allow_quantized: bool = False,
+    code: str | None = None,
+    commit: str | None = None,
 ) -> tuple[Checkpoint | None, list[Finding]]:
     """The checkpoint in `folder`, or None and everything that is wrong with it.
 
     `allow_quantized` is for our own artifacts, which are read with the same care. `code` is the
-    recipe's pin of the checkpoint's Python, or :data:`quantize.remote_code.LET_IN`.
+    recipe's pin of the checkpoint's Python, or :data:`quantize.remote_code.LET_IN`; `commit` that
+    of the repository on the Hub which the folder comes from.
     """
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
@@ -178,7 +183,7 @@ def examine(
             config = _read_config(folder)
         except SourceError as error:
             findings.append(Finding.of(error))
-    findings += check_code(folder, [name for name in files if name not in pointers], code)
+    findings += check_code(folder, [name for name in files if name not in pointers], code, commit)
     findings += _small_file_findings(folder, [name for name in files if name not in pointers])
     findings += _tokenizer_findings(folder, files)
     tensors, index, weight_findings = read_weights(folder, files)

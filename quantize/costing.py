@@ -15,6 +15,7 @@ from quantize.errors import UsageError
 from quantize.model_files import read_json_object
 from quantize.plan import Plan, StageEntry
 from quantize.planner import earlier_results
+from quantize.remote_code import LET_IN
 from quantize.stages.base import Resolved
 from quantize.stages.fetch import downloads
 from quantize.stages.measure import unpacks_because
@@ -99,7 +100,7 @@ def known_checkpoint(resolved: Resolved, plan: Plan, store: Store) -> tuple[Chec
             known = _from_config(config, Path()) if config is not None else None
             return known, ABSENT if known is None else FROM_CONFIG
         folder = model_folder(artifact)
-    checkpoint, findings = examine(folder)
+    checkpoint, findings = examine(folder, code=LET_IN)
     return checkpoint, findings[0].message if findings else ""
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from quantize.errors import (
     ConflictError,
     CredentialsError,
-    Interrupted,
     QuantizeError,
     ResourceError,
     SourceError,
@@ -53,11 +52,9 @@ class Faults:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep the error that ends the block; a signal still ends everything."""
+        """Keep the error that ends the block; a signal, which is none, still ends everything."""
         try:
             yield
-        except Interrupted:
-            raise
         except QuantizeError as error:
             self.errors.append(error)
 

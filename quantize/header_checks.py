@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from quantize.architectures import COMPUTED, Promises, promised_tensors
 from quantize.checkpoint import Checkpoint
 from quantize.findings import Finding
+from quantize.printable import shortened
 from quantize.tensors import TensorInfo
 
-NUMBERED = re.compile(r"^model\.layers\.(\d+)\.")
+NUMBERED = re.compile(r"^model\.layers\.(\d{1,9})\.")
 FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 HALVES = frozenset({"BF16", "F16"})
 
@@ -29,9 +31,9 @@ def check_headers(checkpoint: Checkpoint, promises: Promises) -> list[Finding]:
     unknown = sorted(there - promises.keys())
     found = _layer_findings(checkpoint, missing, unknown)
     if found:  # the single tensors would say the same again
-        layers = {name for name in (*missing, *unknown) if _whole_layer(name, checkpoint, promises)}
-        missing = [name for name in missing if name not in layers]
-        unknown = [name for name in unknown if name not in layers]
+        whole = _numbers(promises) ^ _numbers(checkpoint.tensors)
+        missing = [name for name in missing if _number(name) not in whole]
+        unknown = [name for name in unknown if _number(name) not in whole]
     if missing:
         found.append(_missing(checkpoint, missing, promises))
     if unknown:
@@ -54,17 +56,14 @@ def notes_on_dtypes(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _whole_layer(name: str, checkpoint: Checkpoint, promises: Promises) -> bool:
-    """Whether a name belongs to a layer that is absent, or too many, as a whole."""
-    layer = NUMBERED.match(name)
-    if layer is None:
-        return False
-    promised = _numbers(promises)
-    return (int(layer[1]) in promised) != (int(layer[1]) in _numbers(checkpoint.tensors))
+def _number(name: str) -> int | None:
+    """Of the layer that a tensor belongs to, if any."""
+    found = NUMBERED.match(name)
+    return None if found is None else int(found[1])
 
 
 def _numbers(names: Iterable[str]) -> set[int]:
-    return {int(found[1]) for name in names if (found := NUMBERED.match(name))}
+    return {number for name in names if (number := _number(name)) is not None}
 
 
 def _layer_findings(
@@ -73,14 +72,16 @@ def _layer_findings(
     """More or fewer layers than the config says."""
     layers = _numbers(checkpoint.tensors)
     wanted = checkpoint.dimension("num_hidden_layers") or 0
-    if layers == set(range(wanted)) or not (missing or unknown):
+    beyond = max(layers, default=-1) >= wanted
+    absent = wanted - len(layers)  # counted: a config may state any number
+    if not (beyond or absent) or not (missing or unknown):
         return []
-    absent = sorted(set(range(wanted)) - layers)
-    if layers - set(range(wanted)):
+    if beyond:
         what = f"layers up to {max(layers)}"
     else:
-        what = f"no tensor of layer {absent[0]}"
-        what += f" and {len(absent) - 1} more layers" if absent[1:] else ""
+        first = next(number for number in itertools.count() if number not in layers)
+        what = f"no tensor of layer {first}"
+        what += f" and {absent - 1} more layers" if absent > 1 else ""
     return [
         Finding(
             f"the checkpoint has {what}, and config.json says num_hidden_layers: {wanted}",
@@ -123,7 +124,7 @@ def _shape_findings(checkpoint: Checkpoint, promises: Promises) -> list[Finding]
             wrong.setdefault(promise.keys, []).append(info)
     return [
         Finding(
-            f"{infos[0].name} has the shape {list(infos[0].shape)}, not "
+            f"{shortened(infos[0].name)} has the shape {list(infos[0].shape)}, not "
             f"{list(promises[infos[0].name].shape)}"
             + (f" (and {len(infos) - 1} more tensors)" if infos[1:] else "")
             + f", as config.json says ({_stated(checkpoint, keys)})",
@@ -135,11 +136,15 @@ def _shape_findings(checkpoint: Checkpoint, promises: Promises) -> list[Finding]
 
 def _stated(checkpoint: Checkpoint, keys: Sequence[str]) -> str:
     """The keys with their values, as far as config.json states them."""
-    said = [f"{k}: {checkpoint.text_config[k]}" for k in keys if k in checkpoint.text_config]
+    said = [
+        f"{k}: {shortened(str(checkpoint.text_config[k]))}"
+        for k in keys
+        if k in checkpoint.text_config
+    ]
     return ", ".join(said) or ", ".join(keys)
 
 
 def _listed(names: Sequence[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     noun = "tensor" if len(names) == 1 else f"{len(names)} tensors"
-    return f"{noun} {', '.join(names[:limit])}{more}"
+    return f"{noun} {', '.join(map(shortened, names[:limit]))}{more}"

@@ -83,7 +83,7 @@ def share(info: TensorInfo, size: int, kv_heads: int | None) -> tuple[int, int]:
     module = module_name(info.name)
     if ROW_PARALLEL.search(module):
         return rows, columns // size
-    if module.endswith(KEY_VALUE) and kv_heads is not None and kv_heads < size:
+    if module.endswith(KEY_VALUE) and kv_heads is not None and 0 < kv_heads < size:
         return rows // kv_heads, columns  # the head is repeated
     return rows // size, columns
 
@@ -96,6 +96,9 @@ def _packed_faults(
     A share must be stored as a linear of its shape would be: `pieces` of them make the whole.
     """
     part = share(info, size, kv_heads)
+    if 0 in part:
+        yield f"{module_name(info.name)} {list(info.shape)} (nothing is left for a GPU)"
+        return
     axis = 0 if part[0] != info.shape[0] else 1
     pieces = info.shape[axis] // part[axis]
     whole, parts = form.layout(info.shape, "BF16"), form.layout(part, "BF16")

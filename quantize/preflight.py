@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize.checkpoint import Checkpoint
-from quantize.errors import CredentialsError, QuantizeError, SourceError, TransientError
+from quantize.errors import CredentialsError, SourceError
 from quantize.findings import Finding
 from quantize.stages.base import Resolved
 from quantize.targets import Hub
@@ -91,16 +91,3 @@ def check_folder(resolved: Resolved, store: Path) -> list[Finding]:
 
     read = [path for name, path in resolved.paths.items() if name in ("model", "adapter", "base")]
     return folder_findings(target_folder(resolved.recipe), [*read, store])
-
-
-def check_place(url: str) -> list[Finding]:
-    """Whether a URL can be published to: backend, credentials, bucket, and whose files it holds."""
-    from quantize.bucket.target import check_url
-
-    try:
-        check_url(url)
-    except TransientError:
-        raise
-    except QuantizeError as error:
-        return [Finding.of(error)]
-    return []

@@ -38,21 +38,26 @@ def code_digest(folder: Path) -> str:
     return digest(contents)
 
 
-def check_code(folder: Path, files: Sequence[str], pin: str | None) -> list[Finding]:
-    """A checkpoint that wants code run, and a `pin` (see the module) that is not of this code."""
+def check_code(
+    folder: Path, files: Sequence[str], pin: str | None, commit: str | None = None
+) -> list[Finding]:
+    """A checkpoint that wants code run, and a `pin` (see the module) that is not of this code.
+
+    `commit`: of the repository on the Hub that the folder comes from; its code is not read then.
+    """
     if pin == LET_IN:
         return []
     try:
         found = _signs(folder, files)
-        unsound = unsound_files(folder, ("*.py",)) if pin is not None else []
+        if not found and pin is None:
+            return []
+        unsound = unsound_files(folder, ("*.py",))
         if unsound:
             return unsound
-        actual = code_digest(folder)
+        actual = commit or code_digest(folder)
     except SourceError as error:
         return [Finding.of(error)]
     if not found:
-        if pin is None:
-            return []
         message = f"model.trust_remote_code is set, and {folder} brings no code"
         return [Finding(message, "remove it")]
     if pin == actual:
@@ -64,7 +69,7 @@ def check_code(folder: Path, files: Sequence[str], pin: str | None) -> list[Find
                 f"{brings}, which is never run unread",
                 "use an architecture that transformers has, and remove auto_map and the code; or "
                 f"read {', '.join(code_files(folder)) or 'the code'} and set "
-                f"model.trust_remote_code: {actual} (of a repository on the Hub: its commit)",
+                f"model.trust_remote_code: {actual}",
             )
         ]
     return [
@@ -77,7 +82,7 @@ def check_code(folder: Path, files: Sequence[str], pin: str | None) -> list[Find
 
 def _signs(folder: Path, files: Sequence[str]) -> list[str]:
     found = [name for name in code_files(folder) if any_match(name, CODE)]
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         if name not in files:
             continue
         try:

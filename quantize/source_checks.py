@@ -30,12 +30,14 @@ JOINED = re.compile(r"\.(q_proj|k_proj|gate_proj)$")
 USUAL_GROUPS = (32, 64, 128)
 
 
-def check_checkpoint(folder: Path, recipe: Recipe, code: str | None = None) -> list[Finding]:
+def check_checkpoint(
+    folder: Path, recipe: Recipe, code: str | None = None, commit: str | None = None
+) -> list[Finding]:
     """All that is wrong with a checkpoint folder, on its own and for this recipe.
 
-    `code`: as of :func:`quantize.checkpoint.examine`.
+    `code`, `commit`: as of :func:`quantize.checkpoint.examine`.
     """
-    checkpoint, findings = examine(folder, code=code)
+    checkpoint, findings = examine(folder, code=code, commit=commit)
     return findings if checkpoint is None else check_source(checkpoint, recipe)
 
 

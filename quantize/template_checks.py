@@ -12,7 +12,6 @@ from typing import Any
 
 import quantize
 from quantize.checkpoint import Checkpoint
-from quantize.errors import SourceError
 from quantize.findings import Finding
 from quantize.model_files import chat_template, special_tokens
 from quantize.process import Process
@@ -50,10 +49,7 @@ class Rendered:
 
 def check_chat_template(checkpoint: Checkpoint) -> list[Finding]:
     """A finding where no plain conversation renders; nothing where there is no template."""
-    try:
-        template = chat_template(checkpoint.folder)
-    except (SourceError, UnicodeDecodeError) as error:
-        return [Finding(f"the chat template cannot be read: {error}", HINT)]
+    template = chat_template(checkpoint.folder)
     if template is None:
         return []
     rendered = render(template, special_tokens(checkpoint.folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,15 @@ from quantize.checkpoint import EMBEDDING, Checkpoint
 from quantize.errors import SourceError
 from quantize.findings import Finding, Told
 from quantize.model_files import chat_template, read_json_object, special_tokens
+from quantize.printable import shortened
 
-READ_LIMIT_BYTES = 128 << 20
-"""A tokenizer of 256k tokens takes 33 MB; what is longer than this is not read."""
+PIECES_LIMIT_BYTES = 64 << 20
+"""A SentencePiece model of a million pieces takes 18 MB; what is longer than this is not read."""
 
 USED = frozenset({"bos_token", "eos_token", "unk_token"})
 """Special tokens that a model meets when it reads or writes text."""
+
+WHOLE = re.compile("[0-9]{1,18}")
 
 TOGETHER = "take the tokenizer files and the weights from the same commit"
 
@@ -58,7 +62,9 @@ def embedding_rows(checkpoint: Checkpoint) -> int | None:
     rows = [
         info.shape[0]
         for name, info in checkpoint.tensors.items()
-        if name.endswith(("embed_tokens.weight", "wte.weight")) and EMBEDDING.search(name)
+        if name.endswith(("embed_tokens.weight", "wte.weight"))
+        and EMBEDDING.search(name)
+        and len(info.shape) == 2
     ]
     return max(rows, default=None)
 
@@ -69,15 +75,15 @@ def read_vocabulary(folder: Path, told: Told) -> Vocabulary | None:
         path = folder / name
         if not path.is_file():
             continue
-        size = path.stat().st_size
-        if size > READ_LIMIT_BYTES:
-            told.notes.append(f"{name} has {size} bytes: its token ids are not checked")
-            return None
         if name == "tokenizer.json":
             return _fast(path)
         if name == "vocab.json":
             base = read_json_object(path)
         else:
+            size = path.stat().st_size
+            if size > PIECES_LIMIT_BYTES:
+                told.notes.append(f"{name} has {size} bytes: its token ids are not checked")
+                return None
             count = count_pieces(path.read_bytes())
             base = {f"piece {number}": number for number in range(count)}
         added = folder / "added_tokens.json"
@@ -95,14 +101,19 @@ def _fast(path: Path) -> Vocabulary:
     model = stated.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # [token, score] by id
-        base = {str(entry[0]): number for number, entry in enumerate(vocab) if entry}
+        base = {
+            str(entry[0]): number
+            for number, entry in enumerate(vocab)
+            if isinstance(entry, list) and entry
+        }
     elif isinstance(vocab, dict):
         base = _whole(vocab, path)
     else:
         raise SourceError(f"{path} has no model.vocab", "download or save the tokenizer again")
+    listed = stated.get("added_tokens")
     added = {
         str(token.get("content")): token.get("id")
-        for token in stated.get("added_tokens") or ()
+        for token in (listed if isinstance(listed, list) else ())
         if isinstance(token, dict)
     }
     return Vocabulary(path.name, base, _whole(added, path))
@@ -115,14 +126,16 @@ def _decoder_tokens(folder: Path) -> dict[str, int]:
     return {
         str(token["content"]): int(number)
         for number, token in (stated.items() if isinstance(stated, dict) else ())
-        if number.isdigit() and isinstance(token, dict) and "content" in token
+        if WHOLE.fullmatch(number) and isinstance(token, dict) and "content" in token
     }
 
 
 def _whole(tokens: Mapping[str, Any], path: Path) -> dict[str, int]:
     for token, number in tokens.items():
         if type(number) is not int or number < 0:
-            raise SourceError(f"{path} gives {token!r} the id {number!r}", "replace the file")
+            raise SourceError(
+                f"{path} gives {_shown(token)} the id {_shown(number)}", "replace the file"
+            )
     return dict(tokens)
 
 
@@ -183,7 +196,7 @@ def _check_ids(checkpoint: Checkpoint, vocabulary: Vocabulary, rows: int, told: 
         first, second = twice
         told.findings.append(
             Finding(
-                f"{vocabulary.file} gives {first!r} and {second!r} the same id "
+                f"{vocabulary.file} gives {_shown(first)} and {_shown(second)} the same id "
                 f"{vocabulary.base[first]}",
                 "download or save the tokenizer again",
             )
@@ -213,14 +226,15 @@ def _check_named(folder: Path, vocabulary: Vocabulary, rows: int, told: Told) ->
         if number is not None and number >= rows and name in USED:
             told.findings.append(
                 Finding(
-                    f"{name} {token!r} has the id {number}, and the embedding has {rows} rows",
+                    f"{name} {_shown(token)} has the id {number}, and the embedding has {rows} "
+                    "rows",
                     TOGETHER,
                 )
             )
         elif number is None and vocabulary.file != "tokenizer.model":
             told.notes.append(
-                f"{name} {token!r} is not in {vocabulary.file}: transformers adds it as a new "
-                "token, which the model has not seen"
+                f"{name} {_shown(token)} is not in {vocabulary.file}: transformers adds it as a "
+                "new token, which the model has not seen"
             )
 
 
@@ -230,11 +244,7 @@ def _check_end(checkpoint: Checkpoint, rows: int, told: Told) -> None:
     Where no eos id does, generation never ends. A negative one means none.
     """
     path = checkpoint.folder / "generation_config.json"
-    try:
-        generation = read_json_object(path) if path.is_file() else {}
-    except SourceError as error:
-        told.findings.append(Finding.of(error))
-        generation = {}
+    generation = read_json_object(path) if path.is_file() else {}
     for file, stated in (
         ("config.json", checkpoint.text_config),
         ("generation_config.json", generation),
@@ -243,7 +253,7 @@ def _check_end(checkpoint: Checkpoint, rows: int, told: Told) -> None:
             ids = _ids(stated.get(key))
             if not any(number >= rows for number in ids):
                 continue
-            said = f"{file}: {key} is {stated[key]}, and the vocabulary has {rows} ids"
+            said = f"{file}: {key} is {_shown(stated[key])}, and the vocabulary has {rows} ids"
             in_effect = file == "generation_config.json" or "eos_token_id" not in generation
             if key == "eos_token_id" and in_effect and all(number >= rows for number in ids):
                 hint = "set it to the id of the token that ends an answer"
@@ -267,6 +277,10 @@ def _twice(tokens: Mapping[str, int]) -> tuple[str, str] | None:
     return None
 
 
+def _shown(value: Any) -> str:
+    return shortened(repr(value))
+
+
 def _named(tokens: list[str], ids: Mapping[str, int]) -> str:
     more = f" and {len(tokens) - 1} more" if tokens[1:] else ""
-    return f"the token {tokens[0]!r} with the id {ids[tokens[0]]}{more}"
+    return f"the token {_shown(tokens[0])} with the id {ids[tokens[0]]}{more}"

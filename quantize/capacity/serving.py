@@ -50,7 +50,7 @@ def attention(config: Mapping[str, Any]) -> dict[str, int] | str:
     heads, width = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     types = config.get("layer_types")
     if isinstance(types, list):
-        layers = sum(kind in ATTENTION_LAYERS for kind in types)
+        layers = sum(isinstance(kind, str) and kind in ATTENTION_LAYERS for kind in types)
     else:
         layers = _count(config, "num_hidden_layers")
     head_size = _count(config, "head_dim") or (width // heads if heads else 0)

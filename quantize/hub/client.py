@@ -199,7 +199,7 @@ def retry_after_seconds(error: BaseException) -> float:
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         asked = response.headers.get("Retry-After", "") if response is not None else ""
-        if asked.isdigit():
+        if re.fullmatch("[0-9]{1,9}", asked):
             return min(float(asked), LONGEST_WAIT_SECONDS)
     return 0.0
 

@@ -15,15 +15,12 @@ from quantize.hub.client import Access, call
 from quantize.hub.repository import RemoteFile, download_files, list_files
 from quantize.model_files import (
     CHECKPOINT_FILES,
-    CODE,
     FOREIGN_WEIGHTS,
     PICKLED,
     any_match,
 )
 from quantize.tensors import HEADER_LIMIT_BYTES
-
-SMALL_BYTES = 128 << 20
-"""Larger files beside the weights become sparse, too: nothing reads them."""
+from quantize.untrusted import JSON_LIMIT_BYTES
 
 FIRST_BYTES = 256 << 10
 """Asked of each shard at first; nearly every header ends there."""
@@ -33,7 +30,7 @@ AT_ONCE = 8
 
 def remote_checkpoint_files(access: Access, repo: str, commit: str) -> dict[str, RemoteFile]:
     """The files at a repository's root that belong to a checkpoint, or tell that it is none."""
-    wanted = (*CHECKPOINT_FILES, *PICKLED, *CODE, "adapter_config.json", "*.gguf")
+    wanted = (*CHECKPOINT_FILES, *PICKLED, "*.py", "adapter_config.json", "*.gguf")
     return {
         name: file
         for name, file in list_files(access, repo, commit).items()
@@ -44,29 +41,38 @@ def remote_checkpoint_files(access: Access, repo: str, commit: str) -> dict[str,
 def bring_outline(
     access: Access, repo: str, commit: str, files: Mapping[str, RemoteFile], folder: Path
 ) -> None:
-    """Fill `folder` with the files as far as the checks of a checkpoint read them."""
+    """Fill `folder` with the files as far as the checks of a checkpoint read them.
+
+    Files beside the weights that are larger than any should be become sparse, too.
+    """
     shards = [name for name in files if name.endswith(".safetensors")]
     small = {
         name: file
         for name, file in files.items()
-        if any_match(name, CHECKPOINT_FILES) and name not in shards and file.bytes <= SMALL_BYTES
+        if any_match(name, CHECKPOINT_FILES)
+        and name not in shards
+        and file.bytes <= JSON_LIMIT_BYTES
     }
     download_files(access, repo, commit, small, folder)
     for name in files.keys() - small.keys() - set(shards):
         _sparse(folder / name, b"", files[name].bytes)
 
     def bring(name: str) -> None:
-        _sparse(folder / name, _header(access, repo, commit, name), files[name].bytes)
+        _sparse(
+            folder / name, _header(access, repo, commit, name, files[name].bytes), files[name].bytes
+        )
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(bring, shards))
 
 
-def _header(access: Access, repo: str, commit: str, name: str) -> bytes:
+def _header(access: Access, repo: str, commit: str, name: str, size: int) -> bytes:
     """The first bytes of a shard: the length of its header, and the header."""
+    if size == 0:
+        return b""
     start = _range(access, repo, commit, name, 0, FIRST_BYTES)
     length = 8 + int.from_bytes(start[:8], "little")
-    if length > HEADER_LIMIT_BYTES:
+    if length > min(size, HEADER_LIMIT_BYTES):
         return start  # the checks say what is wrong with it
     if length > len(start):
         start += _range(access, repo, commit, name, len(start), length)

@@ -31,7 +31,7 @@ def check_sources(
 
     `kinds` names the inputs that are asked about (model, adapter, calibration, ...) and their kind
     of repository. Where `outline` is given, the checkpoint is brought there without its weights.
-    TransientError when the Hub does not answer.
+    A Hub that does not answer is not asked about the next.
     """
     from huggingface_hub import constants
 
@@ -47,10 +47,10 @@ def check_sources(
                 _check_model(access, repo, commit, store, outline, told)
             else:
                 _check_readable(access, repo, commit, "dataset" if kind == "dataset" else "model")
-        except TransientError:
-            raise
         except QuantizeError as error:
             told.findings.append(Finding.of(error))
+            if isinstance(error, TransientError):
+                break
         else:
             told.notes.append(f"{name}: {repo} at commit {commit[:12]}")
     return told
@@ -61,7 +61,12 @@ def _check_model(
 ) -> None:
     files = remote_checkpoint_files(access, repo, commit)
     _check_file(access, repo, commit, _behind_gate(files), "model")
-    bring_outline(access, repo, commit, files, outline)
+    try:
+        bring_outline(access, repo, commit, files, outline)
+    except QuantizeError:  # half an outline would look like a broken checkpoint
+        shutil.rmtree(outline)
+        outline.mkdir()
+        raise
     needed = _download_bytes(files)
     place = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free

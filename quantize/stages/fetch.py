@@ -121,6 +121,7 @@ def run(context: StageContext) -> None:
     is_base = name == "base"
     source: dict[str, Any] = {}
     code = None if is_base else context.recipe.model.trust_remote_code
+    commit: str | None = None
     if name in context.resolved.paths:
         folder = context.resolved.paths[name].absolute()
         source = {"kind": "folder", "folder": str(folder)}
@@ -133,7 +134,9 @@ def run(context: StageContext) -> None:
         folder = _download(context, name, context.work / "model", patterns)
         source = {"kind": "hub", "folder": "model", "repo": repo, "commit": commit}
     raise_findings(
-        examine(folder)[1] if is_base else check_checkpoint(folder, context.recipe, code)
+        examine(folder, commit=commit)[1]
+        if is_base
+        else check_checkpoint(folder, context.recipe, code, commit)
     )
     entries = hash_checkpoint(folder, context.runner.progress.step)
     _unchanged(context, name, folder, entries)

@@ -32,6 +32,12 @@ def adapters() -> Iterator[Case]:
         "pattern-list": ({"rank_pattern": [1]}, "is no mapping"),
         "pattern-broken": ({"rank_pattern": {"(": 4}}, "which is no pattern"),
         "pattern-rank": ({"rank_pattern": {"x": -1}}, "a rank of -1"),
+        "pattern-flags": ({"rank_pattern": {"(?i)x": 4}}, "which is no pattern"),
+        "targets-broken": ({"target_modules": "("}, "target_modules is '('"),
+        "targets-numbers": ({"target_modules": [1]}, "target_modules is [1]"),
+        "excluded-number": ({"exclude_modules": 1}, "exclude_modules is 1"),
+        "saved-number": ({"modules_to_save": 1}, "modules_to_save is 1"),
+        "layers-half": ({"layers_to_transform": 1.5}, "layers_to_transform is 1.5"),
     }
     for kind, (change, words) in changes.items():
         yield Case(f"adapter-{kind}", with_adapter(lambda p, c=change: p.edit(config, **c)), words)

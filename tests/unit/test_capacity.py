@@ -62,3 +62,9 @@ def test_tokens_are_what_is_left_on_the_gpu():
 def test_the_table_of_gpus_is_sound():
     assert [gpu.gigabytes for gpu in GPUS] == sorted(gpu.gigabytes for gpu in GPUS)
     assert all(gpu.source.startswith("https://") for gpu in GPUS)
+
+
+def test_layer_types_that_are_none() -> None:
+    assert "does not state layers" in attention(
+        {**LLAMA_3_8B, "layer_types": [["full_attention"], {}]}
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint, write_json
+from checkpoints import edit_json, write_checkpoint, write_json
 from hub_fixture import ACCOUNTS, TOKEN, hub_server, online
 
 from quantize import checking, environment_checks
@@ -17,7 +17,7 @@ from quantize.checking import Report, check_recipe
 from quantize.checklist import CHECKS
 from quantize.environment_checks import check_environments, check_loopback, check_server
 from quantize.environments import Environments
-from quantize.errors import QuantizeError, ResourceError, SourceError, UsageError
+from quantize.errors import QuantizeError, ResourceError, SourceError, TransientError, UsageError
 from quantize.session import Session
 from tests.hub_server import Account, Fault, Hub, HubServer
 from tests.unit.test_cli import quantize  # noqa: F401  (a fixture)
@@ -217,6 +217,62 @@ def test_pickled_weights_and_code_on_the_hub(tmp_path: Path, on_hub: Any) -> Non
         said = messages(check(tmp_path, recipe(server)))
     assert "holds only pickled weights (pytorch_model.bin)" in said
     assert "brings Python code (modeling_own.py)" in said
+
+
+def test_code_on_the_hub_is_pinned_by_its_commit(tmp_path: Path, on_hub: Any) -> None:
+    folder, recipe = on_hub
+    edit_json(folder / "config.json", {"auto_map": {"AutoModel": "modeling_x.X"}})
+    (folder / "modeling_x.py").write_text("from .helpers import y")
+    (folder / "helpers.py").write_text("y = 1")
+    with hub_server() as server:
+        commit = publish(server, folder)
+        unpinned = messages(check(tmp_path, recipe(server)))
+        assert "which is never run unread" in unpinned
+        assert (
+            f"read helpers.py, modeling_x.py and set model.trust_remote_code: {commit}" in unpinned
+        )
+        other = messages(check(tmp_path, recipe(server, trust_remote_code="0" * 40)))
+        assert f"read it again, and set model.trust_remote_code: {commit}" in other
+        assert check(tmp_path, recipe(server, trust_remote_code=commit)).findings == []
+    assert not [seen for seen in server.seen if seen.path.endswith(".py")]  # nothing is brought
+
+
+def test_shards_without_a_whole_header_on_the_hub(tmp_path: Path, on_hub: Any) -> None:
+    folder, recipe = on_hub
+    (folder / "model-00001-of-00003.safetensors").write_bytes(b"")
+    (folder / "model-00002-of-00003.safetensors").write_bytes(
+        (1 << 20).to_bytes(8, "little") + b"{"
+    )
+    with hub_server() as server:
+        publish(server, folder)
+        said = messages(check(tmp_path, recipe(server)))
+    assert "it has 0 bytes" in said
+    assert "model-00002-of-00003.safetensors is truncated" in said
+
+
+def test_half_an_outline_is_no_broken_checkpoint(
+    tmp_path: Path, on_hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = on_hub
+
+    def gone(*_: object) -> bytes:
+        raise TransientError("the Hub went away", "try again")
+
+    monkeypatch.setattr("quantize.hub.outline._range", gone)
+    with hub_server() as server:
+        publish(server, folder)
+        report = check(tmp_path, recipe(server))
+    assert messages(report) == "the Hub went away → try again"
+    assert row(report, "checkpoint files").outcome == "unchecked"
+
+
+def test_what_is_missing_is_not_called_unfetched(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    report = check(tmp_path, write_recipe(tmp_path, calibration={"source": "missing.jsonl"}))
+    assert "neither here nor at a known commit" in row(report, "calibration data").told.unchecked
+    pinned = {"source": "acme/rows", "revision": "0" * 40}
+    report = check(tmp_path, write_recipe(tmp_path, calibration=pinned), asks=False)
+    assert "before it is fetched" in row(report, "calibration data").told.unchecked
 
 
 def test_a_gate_says_where_its_terms_are(

@@ -1,5 +1,6 @@
 """Headers against config.json: what is missing, too much, or of another shape, in words."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,28 @@ def test_experts_in_one_tensor() -> None:
     apart = promised_tensors("MixtralForCausalLM", config)
     assert apart is not None
     assert apart["model.layers.1.block_sparse_moe.experts.3.w2.weight"].shape == (HIDDEN, 256)
+
+
+@pytest.mark.parametrize("layers", [10**9, 10**30])
+def test_a_config_may_promise_anything(tmp_path: Path, layers: int) -> None:
+    """Told in seconds, without a name for each of a billion layers."""
+    folder = write_checkpoint(tmp_path / "model")
+    edit_json(folder / "config.json", {"num_hidden_layers": layers})
+    started = time.process_time()
+    said = found(folder)
+    assert time.process_time() - started < 10
+    assert f"no tensor of layer 2 and {layers - 3} more layers" in said
+    assert "model.layers.2.input" not in said
+
+
+def test_a_layer_whose_number_is_too_long_is_unknown(tmp_path: Path) -> None:
+    name = f"model.layers.{'9' * 5000}.mlp.up_proj.weight"
+    said = found(write_checkpoint(tmp_path / "model", llama_tensors() | {name: zeros(2, 2)}))
+    assert "has no place in LlamaForCausalLM" in said
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize("strange", [{"decoder_sparse_step": "x"}, {"mlp_only_layers": 5}])
+def test_sparse_steps_that_are_none(strange: dict[str, Any]) -> None:
+    config = llama_config() | {"moe_intermediate_size": 8, "num_experts": 2, **strange}
+    assert promised_tensors("Qwen3MoeForCausalLM", config)

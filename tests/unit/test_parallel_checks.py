@@ -116,3 +116,13 @@ def test_the_tiny_fixture_runs_on_a_cpu(tmp_path: Path) -> None:
     made = read_checkpoint(write_checkpoint(tmp_path, llama_tensors(), llama_config()))
     chosen = chosen_weights(made, recipe().quantize)
     assert cpu_kernel_findings(made, chosen, 1) == []
+
+
+@pytest.mark.parametrize("kv_heads", [0, -1])
+def test_a_config_without_sense_is_no_crash(kv_heads: int) -> None:
+    assert faults({"self_attn.k_proj": (64, 64)}, 2, SYM, num_key_value_heads=kv_heads) == ""
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 0)])
+def test_nothing_does_not_split(shape: tuple[int, int]) -> None:
+    assert "nothing is left for a GPU" in faults({"mlp.up_proj": shape}, 2, SYM)

@@ -135,15 +135,39 @@ def test_a_sentencepiece_model_alone(folder: Path) -> None:
         assert "no SentencePiece model" in told(folder).findings[0].message
 
 
-def test_a_large_tokenizer_takes_seconds_and_a_huge_one_is_not_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_tokenizer_takes_seconds(folder: Path) -> None:
     tokenizer(folder, {f"a rather long word {n}": n for n in range(500_000)}, {"</s>": 2})
     started = time.monotonic()
     assert len(told(folder).findings) == 1
     assert time.monotonic() - started < 20
-    monkeypatch.setattr(tokenizer_checks, "READ_LIMIT_BYTES", 1000)
+
+
+def test_a_huge_sentencepiece_model_is_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(bytes(1001))
+    monkeypatch.setattr(tokenizer_checks, "PIECES_LIMIT_BYTES", 1000)
     assert "its token ids are not checked" in told(folder).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", {"model": {"vocab": [1, {"a": 1}, None, ["word", 0.0], "x"]}}),
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"\u00b2": {"content": "x"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}),
+    ],
+)
+def test_what_is_no_list_of_tokens_ends_nothing(folder: Path, file: str, change: Any) -> None:
+    edit_json(folder / file, change)
+    assert told(folder).findings == []
+
+
+def test_a_token_of_a_megabyte_is_shown_in_part(folder: Path) -> None:
+    (finding,) = told(tokenizer(folder, {"x" * 10**6: VOCABULARY}, {"</s>": 2})).findings
+    assert len(finding.message) < 400
 
 
 def test_an_embedding_of_another_name(folder: Path) -> None:
