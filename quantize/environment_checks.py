@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,9 @@ sys.exit("no package " + ", ".join(missing) if missing else 0)
 
 ARCHITECTURE = re.compile(r'^ {4}"(\w+)": \(', re.MULTILINE)
 """An entry of vLLM's tables of models (`model_executor/models/registry.py`, vLLM 0.32)."""
+
+ANSWER_SECONDS = 120.0
+"""An interpreter on a network file system that nothing of is cached yet."""
 
 
 def check_environments(environments: Environments, names: Sequence[str]) -> Told:
@@ -61,11 +65,21 @@ def check_environments(environments: Environments, names: Sequence[str]) -> Told
 def _problem(environments: Environments, name: str) -> str:
     """Why an installed environment cannot work, as far as seconds tell; an empty text."""
     command = [str(environments.python(name)), "-P", "-c", MISSING, *ENVIRONMENTS[name].imports]
+    deadline = time.monotonic() + ANSWER_SECONDS
+
+    def tick() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
     with (
         tempfile.TemporaryDirectory(prefix="quantize-check-") as folder,
         Process(command, log=Path(folder) / "log") as process,
     ):
-        if (status := process.wait()) == 0:
+        try:
+            status = process.wait(tick)
+        except TimeoutError:
+            return f"its interpreter did not answer within {ANSWER_SECONDS:.0f} s"
+        if status == 0:
             return ""
         lines = process.tail().splitlines()
     return lines[-1] if lines else f"its interpreter ended with exit code {status}"

@@ -391,6 +391,17 @@ def test_the_users_interpreter(tmp_path: Path) -> None:
     assert "environments.vllm.python" in finding.message
 
 
+def test_an_interpreter_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 300\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(environment_checks, "ANSWER_SECONDS", 0.3)
+    (finding,) = check_environments(
+        Environments("cpu", tmp_path, {"vllm": python}), ["vllm"]
+    ).findings
+    assert "its interpreter did not answer within" in finding.message
+
+
 def test_without_uv_nothing_can_be_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
