@@ -22,7 +22,7 @@ STAGES = ["calibrate", "compress", "measure-baseline", "measure-candidate"]
 def start(work: Work, store: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """The GPTQ recipe without tasks, so that most of the time is spent between kills."""
     command = work.command("run", "tiny-llama-gptq", "--store", str(store), *arguments)
-    command += ["--set", "evaluate.suite=smoke", "--set", f"publish.folder={store}/out"]
+    command += ["--set", "evaluate.suite=smoke", "--set", f"publish.folder={store}-out"]
     # What is killed and resumed here is the work; how good GPTQ is on 16 windows is not the point.
     command += ["--set", "evaluate.noise=false", "--set", "evaluate.gate.inconclusive=pass"]
     return subprocess.Popen(
