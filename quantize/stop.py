@@ -187,6 +187,8 @@ class handle_signals:
         _state.depth += 1  # nothing raises from here on
         for pid in children():  # started in the moment in which the signal came
             _end(pid)
+        if _state.collects_orphans:
+            prctl(PR_SET_CHILD_SUBREAPER, 0)
         signal.set_wakeup_fd(self._fd)
         for number, handler in self._before.items():
             signal.signal(number, handler)
