@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import os
 import time
@@ -38,11 +39,15 @@ class HashCache:
         self.settle_seconds = settle_seconds
         self.on_hashed = on_hashed
         self.changed = False
-        self.entries: dict[str, list[Any]] = {}
+
+    @functools.cached_property
+    def entries(self) -> dict[str, list[Any]]:
+        """What is remembered, read when it is first asked for: most commands hash nothing."""
         with suppress(OSError, ValueError):  # without a readable cache everything is hashed
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = json.loads(self.path.read_text(encoding="utf-8"))
             if isinstance(entries, dict):
-                self.entries = entries
+                return entries
+        return {}
 
     def sha256(self, file: Path) -> str:
         """sha256 of a file, hashed only when the cache does not know it."""

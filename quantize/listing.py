@@ -78,16 +78,10 @@ def is_inside(name: object) -> bool:
 
 def damage(folder: Path, files: Mapping[str, FileEntry], *, hash_files: bool) -> list[str]:
     """What is missing from `folder` or differs from `files`; added files are not looked for."""
-    found = []
-    for name, entry in sorted(files.items()):
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != entry.bytes:
-            found.append(f"{name} has {path.stat().st_size} bytes, not {entry.bytes}")
-        elif hash_files and file_sha256(path) != entry.sha256:
-            found.append(f"{name} has other content (sha256 differs)")
-    return found
+    differences = (
+        entry.difference(folder, hash_files=hash_files) for _, entry in sorted(files.items())
+    )
+    return [said for said in differences if said is not None]
 
 
 def not_as_made(path: Path, what: str) -> SourceError:

@@ -47,6 +47,17 @@ class FileEntry:
     bytes: int
     sha256: str
 
+    def difference(self, folder: Path, *, hash_files: bool) -> str | None:
+        """How the file below `folder` differs from this; None if it does not. May be an OSError."""
+        path = folder / self.name
+        if not path.is_file():
+            return f"{self.name} is missing"
+        if path.stat().st_size != self.bytes:
+            return f"{self.name} has {path.stat().st_size} bytes, not {self.bytes}"
+        if hash_files and file_sha256(path) != self.sha256:
+            return _other_content(self.name)
+        return None
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -100,14 +111,9 @@ class Artifact:
         """What differs from the manifest: missing, resized, changed, lost or added files."""
         found = []
         for entry in self.manifest.files:
-            path = self.path / entry.name
             try:
-                if not path.is_file():
-                    found.append(f"{entry.name} is missing")
-                elif path.stat().st_size != entry.bytes:
-                    found.append(f"{entry.name} has {path.stat().st_size} bytes, not {entry.bytes}")
-                elif hash_files and file_sha256(path) != entry.sha256:
-                    found.append(f"{entry.name} has other content (sha256 differs)")
+                if said := entry.difference(self.path, hash_files=hash_files):
+                    found.append(said)
             except OSError as error:
                 found.append(_lost(entry.name, error))
         known = {entry.name for entry in self.manifest.files} | {MANIFEST}
@@ -180,7 +186,7 @@ class Store:
             return [_lost(error.message, error.__cause__)]
         self.hashes.save()
         return [
-            f"{entry.name} has other content (sha256 differs)"
+            _other_content(entry.name)
             for entry, sha256 in zip(entries, digests, strict=True)
             if sha256 != entry.sha256
         ]
@@ -348,6 +354,10 @@ def _relative_files(root: Path) -> list[str]:
         links = [name for name in folders if Path(folder, name).is_symlink()]
         names += [Path(folder, name).relative_to(root).as_posix() for name in files + links]
     return sorted(names)
+
+
+def _other_content(name: str) -> str:
+    return f"{name} has other content (sha256 differs)"
 
 
 def _lost(name: str, error: OSError) -> str:

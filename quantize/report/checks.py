@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from quantize.report.markdown import one_line
-from quantize.report.tables import render
+from quantize.report.tables import checks_table, render
 
 if TYPE_CHECKING:
     from quantize.checking import Report
@@ -26,10 +25,7 @@ MARKS = {
 
 def checks_text(report: Report) -> str:
     """A tick or cross a check, its findings with their remedies, and the verdict at the end."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1, overflow="fold")
+    table = checks_table()
     for check in report.checks:
         mark, style = MARKS[check.outcome]
         table.add_row(Text(mark, style), check.name, _said(check))

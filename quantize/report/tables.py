@@ -36,6 +36,15 @@ def plain(text: str) -> str:
     return escape(printable(text))
 
 
+def checks_table() -> Table:
+    """For a row a check: name and mark in either order, and what there is to say, folded."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    return table
+
+
 def plan_table(plan: Plan) -> Table:
     """One row a stage: environment, key, what is in the store, and why the rest is not."""
     table = Table(

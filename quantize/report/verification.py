@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from quantize.report.markdown import one_line
-from quantize.report.tables import render
+from quantize.report.tables import checks_table, render
 
 if TYPE_CHECKING:
     from quantize.verify.verification import Verification
@@ -22,10 +21,7 @@ SHOWN = 20
 
 def verification_text(found: Verification) -> str:
     """One row a check, what it found below it, and the verdict as the last line."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1, overflow="fold")
+    table = checks_table()
     for check in found.checks:
         mark, style = MARKS[check.outcome]
         lines = [one_line(problem.text) for problem in check.problems[:SHOWN]]

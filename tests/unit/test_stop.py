@@ -61,6 +61,13 @@ def send(run: Helper, name: str = "SIGTERM") -> float:
     return time.monotonic()
 
 
+def send_and_go_on(run: Helper) -> None:
+    """A signal, and when it has arrived the word that the program waits for."""
+    send(run)
+    time.sleep(0.2)
+    run.say()
+
+
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_ends_the_run_with_75_and_its_children(name: str, tmp_path: Path) -> None:
     work = "with child('echo $$; exec sleep 60') as p:\n    say('in')\n    p.wait()"
@@ -172,9 +179,7 @@ with stop.held():
 def test_what_is_held_is_whole(tmp_path: Path) -> None:
     with helper(program(HELD), tmp_path) as run:
         assert run.read() == "held"
-        send(run)
-        time.sleep(0.2)
-        run.say()
+        send_and_go_on(run)
         assert [run.read(), run.read()] == [
             "whole",
             "stopped by SIGTERM; what was finished is kept",
@@ -214,9 +219,7 @@ def test_a_signal_while_a_child_is_being_ended(tmp_path: Path) -> None:
 def test_a_child_that_starts_after_the_signal_is_ended_at_once(tmp_path: Path) -> None:
     with helper(program(CHILD_LATER), tmp_path) as run:
         assert run.read() == "held"
-        send(run)
-        time.sleep(0.2)
-        run.say()
+        send_and_go_on(run)
         assert run.read() in ("143", "-15")  # as its supervisor had begun, or not yet
         assert run.end() == 75
 
@@ -225,9 +228,7 @@ def test_what_is_decided_stays_so(tmp_path: Path) -> None:
     work = "stop.decide(0)\nsay('in')\nsys.stdin.readline()\nsay('done')"
     with helper(program(work), tmp_path) as run:
         assert run.read() == "in"
-        send(run)
-        time.sleep(0.2)
-        run.say()
+        send_and_go_on(run)
         assert run.read() == "done"
         assert run.end() == 0
 
@@ -272,9 +273,7 @@ def test_signals_count_again_for_what_follows_a_result(tmp_path: Path) -> None:
     work = "stop.decide(0)\nsay('in')\nsys.stdin.readline()\nstop.go_on()\nsay('not reached')"
     with helper(program(work), tmp_path) as run:
         assert run.read() == "in"
-        send(run)
-        time.sleep(0.2)
-        run.say()
+        send_and_go_on(run)
         assert run.read().startswith("stopped by SIGTERM")
         assert run.end() == 75
 

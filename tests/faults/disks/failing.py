@@ -27,14 +27,14 @@ class Case:
     stage: str
     calls: str
     fault: str
-    paths: tuple[str, ...]  # {store}, {KIND}: its artifact, {staging}: of the stage
+    paths: tuple[str, ...]  # {store}, {KIND}: its artifact, {staging} of the stage, {work} in it
     codes: tuple[int, ...]
 
 
 def cases() -> list[Case]:
     """Every class of refusal at a read of an input, and at a write of the stage's own."""
     own = ("{staging}/files/audit.json", "{staging}/files/.audit.json", "{staging}/files")
-    scratch = ("{staging}/work/stream/part-1.safetensors.tmp",)
+    scratch = ("{work}/stream/part-1.safetensors.tmp",)
     found = [
         # an input that cannot be read is damaged: it is needed, and this command may not make it
         Case(
@@ -49,7 +49,7 @@ def cases() -> list[Case]:
     for error in ("EROFS", "EACCES", "EMFILE", "ENOSPC", "EIO", "EDQUOT"):
         paths = ("{staging}/files",)
         found.append(Case(f"mkdir {error}", "audit", "mkdir", f"error={error}", paths, (4,)))
-        journal = ("{staging}/work/stream/journal.jsonl",)
+        journal = ("{work}/stream/journal.jsonl",)
         found.append(Case(f"open {error}", "compress", OPEN, f"error={error}", journal, (4,)))
     return found
 
@@ -100,7 +100,8 @@ def _place(bench: Bench, stage: str, path: str) -> str:
         kind: bench.store.path(kind, key) for kind, key in bench.stages.values()
     }
     staging = bench.store.root / kind / ".staging" / key
-    return path.format(store=bench.store.root, staging=staging, **names)
+    places = {"store": bench.store.root, "staging": staging, "work": staging / "work"}
+    return path.format(**places, **names)
 
 
 def campaign(bench: Bench, say: Callable[[str], None], only: str = "") -> int:
