@@ -222,7 +222,7 @@ def on_calibration(now: Situation) -> Told:
     """A local calibration file, row by row."""
     path = now.resolved.paths.get("calibration")
     if path is None:
-        if now.resolved.recipe.quantize.needs_calibration:
+        if now.resolved.recipe.calibrates:
             return Told(unchecked=now.unread("calibration"))
         return Told(skipped="the method needs no data")
     if "calibrate" not in now.to_run:

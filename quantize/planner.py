@@ -107,7 +107,7 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     if apart:
         graph.append((adapter.FETCH_ADAPTER, "adapter", fetched))
     calibrated: dict[str, str] = {}
-    if recipe.quantize.needs_calibration:
+    if recipe.calibrates:
         graph.append(("calibrate", "calibrate", fetched | apart))
         calibrated = {"calibrate": "calibrate"}
     graph.append(("compress", "compress", fetched | calibrated))

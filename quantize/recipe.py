@@ -21,10 +21,15 @@ from pydantic import (
 
 from quantize.block import Block, Fraction, PositiveInt
 from quantize.capacity.cards import find_card, known_names
+from quantize.engines import ENGINES, OLD_NAMES, default_engine
 from quantize.evaluation import Evaluate
 from quantize.targets import Publish
 
-Method = Literal["awq", "gptq", "awq+gptq", "rtn", "fp8", "int8"]
+Method = Literal["awq", "gptq", "awq+gptq", "rtn", "fp8", "int8", "autoround", "gguf"]
+EngineName = Literal["stream", "llmcompressor", "autoround", "autoawq", "gptqmodel", "llamacpp"]
+EnvironmentName = Literal["llmcompressor", "autoawq", "gptqmodel", "llamacpp", "vllm", "lmeval"]
+ServerName = Literal["vllm"]
+Format = Literal["compressed-tensors", "awq", "gptq", "gguf"]
 Scheme = Literal[
     "W4A16",
     "W4A16_ASYM",
@@ -35,6 +40,17 @@ Scheme = Literal[
     "FP8_BLOCK",
     "NVFP4A16",
     "MXFP4A16",
+    "Q2_K",
+    "Q3_K_M",
+    "Q4_0",
+    "Q4_K_S",
+    "Q4_K_M",
+    "IQ4_XS",
+    "IQ4_NL",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "Q8_0",
 ]
 
 DEFAULT_SCHEME: dict[str, str] = {
@@ -44,29 +60,37 @@ DEFAULT_SCHEME: dict[str, str] = {
     "rtn": "W4A16",
     "fp8": "FP8_DYNAMIC",
     "int8": "W8A8",
+    "autoround": "W4A16",
+    "gguf": "Q4_K_M",
 }
 SCHEMES: dict[str, tuple[str, ...]] = {
-    "awq": ("W4A16_ASYM", "W4A16", "W8A16"),
-    "gptq": ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "NVFP4A16", "MXFP4A16"),
-    "awq+gptq": ("W4A16_ASYM", "W4A16"),
-    "rtn": ("W4A16", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16"),
-    "fp8": ("FP8_DYNAMIC", "FP8", "FP8_BLOCK"),
-    "int8": ("W8A8",),
+    method: schemes
+    for engine in reversed(ENGINES.values())  # the first engine that has a method says the most
+    for method, schemes in engine.METHODS.items()
 }
-"""Which schemes a method can produce, best first."""
+"""Which schemes a method can produce, best first, whatever the engine."""
 
 GROUPED = frozenset({"W4A16", "W4A16_ASYM", "W8A16"})
 """Schemes whose scales are per group of input channels, of a size that the recipe may choose."""
+
+FOUR_BITS = ("W4", "Q2", "Q3", "Q4", "Q5", "IQ4")
+"""What the names of schemes of about four bits begin with; Q5 loses more than 8 bits do, too."""
 
 DEFAULT_GROUP_SIZE = 128
 
 FIXED_GROUPS = {"NVFP4A16": 16, "MXFP4A16": 32}
 """Schemes whose groups of input channels have the size that the number format prescribes."""
 
-DATA_FREE = frozenset({("rtn", s) for s in SCHEMES["rtn"]}) | {
-    ("fp8", "FP8_DYNAMIC"),
-    ("fp8", "FP8_BLOCK"),
-}
+IMATRIX = frozenset(
+    {"Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_XS", "IQ4_NL", "Q5_K_S", "Q5_K_M", "Q6_K", "Q4_0"}
+)
+"""GGUF types that read an importance matrix where there is one; they can do without."""
+
+DATA_FREE = (
+    frozenset({("rtn", s) for s in SCHEMES["rtn"]})
+    | {("gguf", s) for s in SCHEMES["gguf"]}
+    | {("fp8", "FP8_DYNAMIC"), ("fp8", "FP8_BLOCK")}
+)
 """(method, scheme) pairs that need no calibration data."""
 
 
@@ -213,10 +237,16 @@ class Quantize(Block):
     kv_cache: Literal["fp8"] | None = Field(
         None, description="fp8: calibrate static scales, so that servers may keep the cache in FP8."
     )
-    engine: Literal["stream", "llmcompressor"] = Field(
+    engine: EngineName = Field(
         "stream",
         description="Who quantizes: stream holds one layer in memory and resumes, and leaves "
-        "architectures that it does not know to llmcompressor.",
+        "architectures that it does not know to llmcompressor. Methods that only one engine has "
+        "need no name. auto-gptq is the old name of gptqmodel.",
+    )
+    format: Format | None = Field(
+        None,
+        description="How the artifact is stored; the engine's own format if absent. awq and gptq "
+        "are repacked from other engines' results without quantizing again.",
     )
     dampening: Fraction = Field(
         0.01, description="GPTQ: share of the mean Hessian diagonal that is added to it."
@@ -225,20 +255,62 @@ class Quantize(Block):
         "static", description="GPTQ: the order in which columns are quantized."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """The method that format gguf implies, the engine that the method implies, old names."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("format") == "gguf":
+            values.setdefault("method", "gguf")
+        engine = values.get("engine")
+        if isinstance(engine, str):
+            values["engine"] = OLD_NAMES.get(engine, engine)
+        elif engine is None and isinstance(values.get("method"), str):
+            values["engine"] = default_engine(values["method"])
+        return values
+
     @model_validator(mode="after")
     def _scheme_fits_method(self) -> Quantize:
-        allowed = SCHEMES[self.method]
-        if self.scheme is not None and self.scheme not in allowed:
+        engine = ENGINES[self.engine]
+        if self.method not in engine.METHODS:
+            able = ", ".join(name for name, one in ENGINES.items() if self.method in one.METHODS)
             raise ValueError(
-                f"method {self.method} cannot produce {self.scheme}: use {', '.join(allowed)}"
+                f"engine {self.engine} has no method {self.method} (it has "
+                f"{', '.join(engine.METHODS)}): use engine {able}"
+            )
+        allowed = engine.METHODS[self.method]
+        if self.effective_scheme not in allowed:
+            by = "" if self.engine in ("stream", "llmcompressor") else f" of engine {self.engine}"
+            raise ValueError(
+                f"method {self.method}{by} cannot produce {self.effective_scheme}: "
+                f"use {', '.join(allowed)}"
             )
         _refuse_group_size(self.effective_scheme, self.group_size)
+        if (part := engine.cannot_do(self)) is not None:
+            raise ValueError(f"engine {self.engine} cannot do {part}: remove it, or use stream")
+        if (self.effective_format == "gguf") != (self.engine == "llamacpp"):
+            raise ValueError(
+                f"engine {self.engine} cannot make format {self.effective_format}: GGUF is written "
+                "by engine llamacpp, and by it alone"
+            )
         return self
 
     @property
     def effective_scheme(self) -> str:
         """The scheme, with the method's default filled in."""
         return self.scheme or DEFAULT_SCHEME[self.method]
+
+    @property
+    def effective_format(self) -> str:
+        """How the artifact is stored, with the engine's own format filled in."""
+        return self.format or ENGINES[self.engine].FORMAT
+
+    @property
+    def repacks(self) -> bool:
+        """Whether the engine's result is stored in another format than the engine writes."""
+        return self.effective_format != ENGINES[self.engine].FORMAT
 
     @property
     def effective_group_size(self) -> int | Literal["channel"] | None:
@@ -261,13 +333,19 @@ class Quantize(Block):
     def weight_bits(self) -> Literal[4, 8]:
         """4 if any module gets weights of four bits, else 8: what the default margins go by."""
         schemes = [self.effective_scheme, *(override.scheme for override in self.overrides)]
-        four = any(scheme.startswith("W4") or "FP4" in scheme for scheme in schemes)
-        return 4 if four else 8
+        return (
+            4 if any(scheme.startswith(FOUR_BITS) or "FP4" in scheme for scheme in schemes) else 8
+        )
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the compress stage reads token ids."""
+        """Whether the compress stage cannot do without token ids."""
         return self.calibrated_part is not None
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether the compress stage reads token ids where the recipe has a calibration block."""
+        return self.needs_calibration or self.effective_scheme in IMATRIX
 
     @property
     def calibrated_part(self) -> str | None:
@@ -295,7 +373,7 @@ def _filled_in(
 class Serve(Block):
     """How the checkpoint is served, for the measurement and on the card."""
 
-    engine: Literal["vllm"] = Field("vllm", description="The server.")
+    engine: ServerName = Field("vllm", description="The server.")
     max_model_len: PositiveInt | None = Field(
         None, description="Context length; the checkpoint's own if absent."
     )
@@ -352,9 +430,14 @@ class Recipe(Block):
     machine: Machine = Field(
         default_factory=Machine, description="Where the run is meant to go, and what that costs."
     )
-    environments: dict[Literal["llmcompressor", "vllm", "lmeval"], EnvironmentOverride] = Field(
+    environments: dict[EnvironmentName, EnvironmentOverride] = Field(
         default_factory=dict, description="Use these interpreters instead of our own."
     )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there is a calibrate stage, whose token ids the compress stage reads."""
+        return self.calibration is not None and self.quantize.reads_calibration
 
     @model_validator(mode="after")
     def _calibration_present(self) -> Recipe:

@@ -70,7 +70,7 @@ def resolve(
     cache = HashCache(cache_path, on_hashed=on_hashed)
     inputs = _Inputs(cache, online, hash_limit_bytes, own)
     _resolve_model(recipe, folder, inputs)
-    if recipe.calibration is not None and recipe.quantize.needs_calibration:
+    if recipe.calibration is not None and recipe.calibrates:
         calibration = recipe.calibration
         with own.kept():
             path = find_data(calibration.source, folder, "calibration.source")

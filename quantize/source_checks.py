@@ -223,7 +223,7 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
     if limit is None or _scales_rope(checkpoint.text_config):
         return []
     asked = {"serve.max_model_len": recipe.serve.max_model_len}
-    if recipe.calibration is not None and recipe.quantize.needs_calibration:
+    if recipe.calibration is not None and recipe.calibrates:
         asked["calibration.sequence_length"] = recipe.calibration.sequence_length
     return [
         Finding(

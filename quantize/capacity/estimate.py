@@ -95,7 +95,7 @@ def decoder(checkpoint: Checkpoint, quantize: Quantize) -> Decoder:
 def calibration_tokens(recipe: Recipe) -> tuple[int, int]:
     """Tokens of calibration data at most, and of its longest sequence; 0 where none is read."""
     calibration = recipe.calibration
-    if calibration is None or not recipe.quantize.needs_calibration:
+    if calibration is None or not recipe.calibrates:
         return 0, 0
     return calibration.samples * calibration.sequence_length, calibration.sequence_length
 

@@ -1,4 +1,4 @@
-"""Quantize: an engine in llm-compressor's environment, on the calibrate stage's token ids."""
+"""Quantize: an engine in its environment, on the calibrate stage's token ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from quantize.checkpoint import model_folder
 from quantize.engine.support import why_not
+from quantize.engines import ENGINES
 from quantize.model_files import TOKENIZER_FILES, any_match, checkpoint_files
 from quantize.protocol import write_json
 from quantize.remote_code import code_files
@@ -13,16 +14,13 @@ from quantize.stages.base import Resolved, StageContext
 
 VERSION = 2
 
-WORKERS = {"stream": "stream", "llmcompressor": "oneshot"}
-"""Engine of the recipe → the worker that is it."""
-
 VERBATIM = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json", "LICENSE*")
 """Taken over from the source byte by byte: libraries rewrite these when they save."""
 
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
     """The engine's environment."""
-    return ("llmcompressor",)
+    return (ENGINES[resolved.recipe.quantize.engine].ENVIRONMENT,)
 
 
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def run(context: StageContext) -> None:
     output = context.files / "model"
     output.mkdir()
     tokens = None
-    if quantize.needs_calibration:
+    if "calibrate" in context.inputs:
         tokens = str(context.inputs["calibrate"].file("tokens.npz"))
     request: dict[str, Any] = {
         "method": quantize.method,
@@ -67,7 +65,8 @@ def run(context: StageContext) -> None:
         "dampening": quantize.dampening,
         "activation_order": quantize.activation_order,
     }
-    engine = _engine(context)
+    said = _engine(context)
+    engine = ENGINES[said["engine"]]
     copied = [name for name in checkpoint_files(source) if any_match(name, VERBATIM)]
     env = {"HF_HUB_OFFLINE": "1"}
     if context.recipe.model.trust_remote_code is not None:
@@ -75,8 +74,8 @@ def run(context: StageContext) -> None:
         request["trust_remote_code"] = True
         env["HF_MODULES_CACHE"] = str(context.work / "code")  # transformers imports a copy
     result = context.runner.worker(
-        "llmcompressor",
-        WORKERS[engine["engine"]],
+        engine.ENVIRONMENT,
+        engine.WORKER,
         request | {"model": str(source), "output": str(output), "tokens": tokens, "copy": copied},
         work=context.work,
         label="compress",
@@ -86,7 +85,7 @@ def run(context: StageContext) -> None:
     write_json(
         context.files / "compress.json",
         request
-        | engine
+        | said
         | {"calibrated": tokens is not None, "versions": context.versions}
         | result,
     )

@@ -81,7 +81,7 @@ def test_every_method_gives_a_recipe_that_loads(tmp_path: Path, method: str) -> 
     assert recipe.model.source == str(folder)
     assert recipe.model.base == "owner/base"
     assert (recipe.calibration is not None) == recipe.quantize.needs_calibration
-    grouped = method in ("awq", "gptq", "awq+gptq", "rtn")
+    grouped = method in ("awq", "gptq", "awq+gptq", "rtn", "autoround")
     assert recipe.quantize.group_size == (128 if grouped else None)
     assert recipe.serve.max_model_len == 1024
     assert recipe.serve.tensor_parallel_size == 1

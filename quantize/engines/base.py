@@ -1,0 +1,27 @@
+"""What an engine's module says of it. Standard library alone: the recipe reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from quantize.recipe import Quantize
+
+
+class Engine(Protocol):
+    """A module of this package with these names at its top level."""
+
+    NAME: str
+    ENVIRONMENT: str
+    WORKER: str  # module of quantize.workers
+    FORMAT: str  # what it writes, a name in quantize.artifact_formats
+    METHODS: Mapping[str, tuple[str, ...]]  # method → schemes that it produces, best first
+
+    def cannot_do(self, quantize: Quantize) -> str | None:
+        """Which part of the recipe's block this engine cannot do, or None."""
+        ...
+
+    def cannot_read(self, config: Mapping[str, Any]) -> str | None:
+        """Why it cannot load a checkpoint with this config.json, or None."""
+        ...

@@ -1,0 +1,32 @@
+"""Our own streaming quantizer (:mod:`quantize.engine`), in llm-compressor's environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantize.recipe import Quantize
+
+NAME = "stream"
+ENVIRONMENT = "llmcompressor"
+WORKER = "stream"
+FORMAT = "compressed-tensors"
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "awq": ("W4A16_ASYM", "W4A16", "W8A16"),
+    "gptq": ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "NVFP4A16", "MXFP4A16"),
+    "awq+gptq": ("W4A16_ASYM", "W4A16"),
+    "rtn": ("W4A16", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16"),
+    "fp8": ("FP8_DYNAMIC", "FP8", "FP8_BLOCK"),
+    "int8": ("W8A8",),
+}
+
+
+def cannot_do(quantize: Quantize) -> str | None:
+    """All of the block; what it does not know of a checkpoint it leaves to `llmcompressor`."""
+    return None
+
+
+def cannot_read(config: Mapping[str, Any]) -> str | None:
+    """Nothing: other architectures go to `llmcompressor`."""
+    return None
