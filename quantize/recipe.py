@@ -26,7 +26,17 @@ from quantize.evaluation import Evaluate
 from quantize.targets import Publish
 
 Method = Literal["awq", "gptq", "awq+gptq", "rtn", "fp8", "int8", "autoround", "gguf"]
-EngineName = Literal["stream", "llmcompressor", "autoround", "autoawq", "gptqmodel", "llamacpp"]
+EngineName = Literal[
+    "stream",
+    "llmcompressor",
+    "autoround",
+    "autoawq",
+    "gptqmodel",
+    "llamacpp",
+    "auto-gptq",
+    "autogptq",
+]
+"""The last two are old names of gptqmodel."""
 EnvironmentName = Literal["llmcompressor", "autoawq", "gptqmodel", "llamacpp", "vllm", "lmeval"]
 ServerName = Literal["vllm"]
 Format = Literal["compressed-tensors", "awq", "gptq", "gguf"]
@@ -114,6 +124,10 @@ def _is_a_card(name: str) -> str:
     if find_card(name) is None:
         raise ValueError(f"no card {name!r} in the table: name one of {known_names()}")
     return name
+
+
+def _todays_name(engine: str) -> str:
+    return OLD_NAMES.get(engine, engine)
 
 
 GroupSize = Annotated[PositiveInt | Literal["channel"], WrapValidator(_whole_or_channel)]
@@ -221,7 +235,10 @@ class Override(Block):
 class Quantize(Block):
     """What is done to the weights."""
 
-    method: Method = Field(description="awq, gptq, awq+gptq, rtn (round to nearest), fp8 or int8.")
+    method: Method = Field(
+        None,  # type: ignore[assignment]  # filled in below, and never None after that
+        description="awq, gptq, awq+gptq, rtn (round to nearest), fp8, int8, autoround or gguf.",
+    )
     scheme: Scheme | None = Field(None, description="Number formats; the method's best if absent.")
     group_size: GroupSize | None = Field(
         None,
@@ -237,8 +254,8 @@ class Quantize(Block):
     kv_cache: Literal["fp8"] | None = Field(
         None, description="fp8: calibrate static scales, so that servers may keep the cache in FP8."
     )
-    engine: EngineName = Field(
-        "stream",
+    engine: Annotated[EngineName, AfterValidator(_todays_name)] = Field(
+        None,  # type: ignore[assignment]  # likewise
         description="Who quantizes: stream holds one layer in memory and resumes, and leaves "
         "architectures that it does not know to llmcompressor. Methods that only one engine has "
         "need no name. auto-gptq is the old name of gptqmodel.",
@@ -255,21 +272,18 @@ class Quantize(Block):
         "static", description="GPTQ: the order in which columns are quantized."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        """The method that format gguf implies, the engine that the method implies, old names."""
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        if values.get("format") == "gguf":
-            values.setdefault("method", "gguf")
-        engine = values.get("engine")
-        if isinstance(engine, str):
-            values["engine"] = OLD_NAMES.get(engine, engine)
-        elif engine is None and isinstance(values.get("method"), str):
-            values["engine"] = default_engine(values["method"])
-        return values
+    @model_validator(mode="after")
+    def _fill_in(self) -> Quantize:
+        """The method that format gguf implies, and the engine that the method implies."""
+        # Set past the frozen model: a validator before the fields would turn JSON into Python
+        # values, and lists are no tuples there.
+        if self.method is None:
+            if self.format != "gguf":
+                raise ValueError("method is missing: name awq, gptq, fp8, ...")
+            object.__setattr__(self, "method", "gguf")
+        if self.engine is None:
+            object.__setattr__(self, "engine", default_engine(self.method))
+        return self
 
     @model_validator(mode="after")
     def _scheme_fits_method(self) -> Quantize:

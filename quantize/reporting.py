@@ -1,4 +1,4 @@
-"""What `quantize report` does: names → records → one page and its pictures.
+"""What `quantize report` and `quantize compare` do: names → records → a page, or a table.
 
 A RECORD is a card's `record.json`, a folder that holds one (a card artifact of a store, a published
 folder), a run's folder, or a recipe whose card is in the store. What a record does not hold (the
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import QuantizeError, SourceError, UsageError
 from quantize.protocol import write_atomic
@@ -23,6 +23,9 @@ from quantize.report.page.subject import Subject
 from quantize.stages.card import SCHEMA
 from quantize.store import Manifest, Store
 from quantize.untrusted import JSON_LIMIT_BYTES, read_text
+
+if TYPE_CHECKING:
+    from quantize.report.side_by_side import SideBySide
 
 PLACES = ("record.json", "quantize/record.json")
 """Where a folder holds a card's record: a card artifact, a published checkpoint."""
@@ -64,6 +67,18 @@ def report(names: Sequence[str], output: Path | None, plots: Path | None, store:
     except OSError as error:
         raise UsageError(f"cannot write {page}: {error}", "choose another --output") from error
     return Written(page, _draw(subjects, plots) if plots is not None else ())
+
+
+def compare(names: Sequence[str], store: Store) -> SideBySide:
+    """The table of at least two results; a UsageError for fewer."""
+    if len(names) < 2:
+        raise UsageError(
+            "there is one result to compare",
+            "name two or more; `quantize report` shows a single one",
+        )
+    from quantize.report.side_by_side import side_by_side
+
+    return side_by_side(distinct([load(name, store) for name in names]))
 
 
 def _file_name(subjects: Sequence[Subject]) -> str:

@@ -52,6 +52,43 @@ def report(
 
 
 @click.command()
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT ARTIFACT...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the page of `quantize report` on them, too.",
+)
+@STORE
+@JSON
+def compare(
+    artifacts: tuple[str, ...], output: Path | None, store_folder: Path | None, as_json: bool
+) -> None:
+    """Show results side by side: size, quality with intervals, verdicts, time and memory.
+
+    ARTIFACT is a recipe whose card is in the store, a published folder, a run's folder, or a card's
+    record.json: results of any engine and format. Says which of them should not be compared.
+    """
+    from quantize.report.tables import comparison_table, render
+    from quantize.reporting import compare as compare_results
+    from quantize.reporting import report as write_report
+    from quantize.session import open_store
+
+    store = open_store(store_folder)
+    found = compare_results(artifacts, store)
+    written = write_report(artifacts, output, None, store) if output is not None else None
+    if as_json:
+        said = found.json() | ({"report": str(written.page)} if written else {})
+        click.echo(json.dumps(said, indent=1, ensure_ascii=False))
+        return
+    click.echo(render(comparison_table(found)), nl=False)
+    for remark in found.remarks:
+        click.echo(f"note: {remark}")
+    if written is not None:
+        click.echo(f"wrote {written.page}")
+
+
+@click.command()
 @click.argument("place", metavar="PLACE")
 @click.option(
     "--revision", metavar="R", help="Repository: a commit, branch or tag  [default: main]"

@@ -17,6 +17,7 @@ from quantize.store import Artifact
 
 if TYPE_CHECKING:
     from quantize.environments import Environments
+    from quantize.report.side_by_side import SideBySide
 
 KEY_LETTERS = 12
 STYLES = {"done": "green", "changed": "yellow", "missing": "", "pending": "cyan"}
@@ -85,6 +86,17 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "stages": stages,
         "notes": list(plan.notes),
     }
+
+
+def comparison_table(found: SideBySide) -> Table:
+    """One column a result, one row a property."""
+    table = Table(box=None)
+    table.add_column("", no_wrap=True)
+    for name in found.names:
+        table.add_column(plain(name), overflow="fold")
+    for line in found.lines:
+        table.add_row(line.label, *map(plain, line.cells))
+    return table
 
 
 def environments_table(environments: Environments) -> Table:

@@ -107,6 +107,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     excluded = {"publish", "environments", "machine"}
     values = recipe.model_dump(mode="json", exclude=excluded, exclude_none=True)
     values["quantize"]["scheme"] = recipe.quantize.effective_scheme
+    if recipe.quantize.effective_format != "compressed-tensors":  # which every card meant before
+        values["quantize"]["format"] = recipe.quantize.effective_format
     group_size = recipe.quantize.effective_group_size
     if group_size is not None:
         values["quantize"]["group_size"] = group_size

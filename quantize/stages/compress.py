@@ -84,10 +84,7 @@ def run(context: StageContext) -> None:
     context.versions.update(result.pop("versions"))
     write_json(
         context.files / "compress.json",
-        request
-        | said
-        | {"calibrated": tokens is not None, "versions": context.versions}
-        | result,
+        request | said | {"calibrated": tokens is not None, "versions": context.versions} | result,
     )
 
 
