@@ -236,7 +236,7 @@ class Quantize(Block):
     """What is done to the weights."""
 
     method: Method = Field(
-        None,  # type: ignore[assignment]  # filled in below, and never None after that
+        None,  # type: ignore[arg-type]  # filled in below, and never None after that
         description="awq, gptq, awq+gptq, rtn (round to nearest), fp8, int8, autoround or gguf.",
     )
     scheme: Scheme | None = Field(None, description="Number formats; the method's best if absent.")
@@ -255,7 +255,7 @@ class Quantize(Block):
         None, description="fp8: calibrate static scales, so that servers may keep the cache in FP8."
     )
     engine: Annotated[EngineName, AfterValidator(_todays_name)] = Field(
-        None,  # type: ignore[assignment]  # likewise
+        None,  # type: ignore[arg-type]  # likewise
         description="Who quantizes: stream holds one layer in memory and resumes, and leaves "
         "architectures that it does not know to llmcompressor. Methods that only one engine has "
         "need no name. auto-gptq is the old name of gptqmodel.",
