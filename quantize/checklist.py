@@ -95,6 +95,7 @@ HUB_INPUTS = (
     ("model", "model", {"fetch"}),
     ("adapter", "model", {"fetch", "adapter"}),
     ("base", "model", {"fetch"}),
+    ("artifact", "model", {"adopt"}),
     ("calibration", "dataset", {"calibrate"}),
     ("text", "dataset", {"measure"}),
     ("own_text", "dataset", {"measure"}),

@@ -90,6 +90,11 @@ def _groups_of(module: str, groups: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([named[0][1], by_compressed_tensors[1]]))
 
 
+def states_format(form: WeightFormat, group: Any, whole: str) -> bool:
+    """Whether a config group states this format; `whole` is the format of the whole config."""
+    return isinstance(group, dict) and not _differences_from(form, group, whole)
+
+
 def _differences_from(form: WeightFormat, group: dict[str, Any], whole: str) -> list[str]:
     weights = {
         "num_bits": form.bits,

@@ -192,8 +192,9 @@ def places(outcome: Outcome, run_folder: Path) -> dict[str, str]:
         for target in outcome.artifacts["publish"].json("receipt.json")["targets"]:
             where = target["path"] if target["kind"] == "folder" else target["url"]
             found[f"published ({target['kind']})"] = str(where)
-    if "compress" in outcome.artifacts:
-        found["artifact"] = str(outcome.artifacts["compress"].path / "model")
+    for stage in ("compress", "adopt"):
+        if stage in outcome.artifacts:
+            found["artifact"] = str(outcome.artifacts[stage].path / "model")
     if "card" in outcome.artifacts:
         found["card"] = str(outcome.artifacts["card"].file("README.md"))
         found["record"] = str(outcome.artifacts["card"].file("record.json"))

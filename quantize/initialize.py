@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from quantize.checkpoint import Checkpoint, card_metadata, read_checkpoint
 from quantize.errors import SourceError, UsageError
@@ -65,9 +66,9 @@ def initial_recipe(source: str, method: str, name: str | None = None) -> str:
     folder = find_checkpoint(source, Path.cwd(), "SOURCE")
     grouped = DEFAULT_SCHEME[method] in GROUPED
     facts = _facts(folder, grouped) if folder is not None else _unknown(source, grouped)
-    name = name or f"{_slug(facts.slug)}-{method.replace('+', '-')}"
-    if _slug(name) != name:
-        raise UsageError(f"a recipe cannot be called {name!r}", f"call it {_slug(name)!r}, say")
+    name = name or f"{slug(facts.slug)}-{method.replace('+', '-')}"
+    if slug(name) != name:
+        raise UsageError(f"a recipe cannot be called {name!r}", f"call it {slug(name)!r}, say")
     schema = shipped_root() / "recipes/recipe.schema.json"
     head = (
         f"# yaml-language-server: $schema={schema.as_uri()}\n"
@@ -86,13 +87,39 @@ def initial_recipe(source: str, method: str, name: str | None = None) -> str:
     return "\n".join(blocks)
 
 
+def measuring_recipe(
+    source: str, artifact: str, block: Mapping[str, Any], suite: str | None, name: str
+) -> str:
+    """The text of a recipe that measures `artifact`, which was made from `source` elsewhere.
+
+    `block` is what the recipe's `quantize` says of it. SourceError for an unusable source folder.
+    """
+    folder = find_checkpoint(source, Path.cwd(), "--source")
+    size = block.get("group_size")
+    own = size if type(size) is int else None
+    facts = _facts(folder, False, own) if folder is not None else _unknown(source, False)
+    schema = shipped_root() / "recipes/recipe.schema.json"
+    method = str(block["method"])
+    lines = ["quantize:", f"  artifact: {scalar(artifact)} # made elsewhere; described below"]
+    lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in block.items()]
+    evaluate = _evaluate(facts, method)
+    if suite is not None:
+        evaluate = re.sub(r"suite: \S+ #.*", f"suite: {scalar(suite)}", evaluate, count=1)
+    head = (
+        f"# yaml-language-server: $schema={schema.as_uri()}\n"
+        "# Written by `quantize measure`; to go on after a stop: quantize run THIS_FILE\n"
+        f"version: 1\nname: {scalar(name)}\n"
+    )
+    return "\n".join([head, _model(facts), "\n".join(lines) + "\n", evaluate, _serve(facts)])
+
+
 def scalar(text: str) -> str:
     """`text` as a YAML scalar: plain where every reader takes it for text, else quoted."""
     safe = re.fullmatch(r"[\w./+-]+", text) is not None and parse(text).value == text
     return text if safe else json.dumps(text, ensure_ascii=False)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """`text` as a recipe's name may be: lower case, digits, . _ + -"""
     return re.sub(r"[^a-z0-9._+-]+", "-", text.lower()).strip("-._+")[:60] or "my-model"
 
@@ -100,10 +127,12 @@ def _slug(text: str) -> str:
 # What the files say
 
 
-def _facts(folder: Path, grouped: bool) -> Facts:
+def _facts(folder: Path, grouped: bool, group_size: int | None = None) -> Facts:
+    """With the `group_size` that an artifact has, or else the largest that fits."""
     checkpoint = read_checkpoint(folder)
     routers, linears = _routers(checkpoint)
-    group_size = _group_size(linears) if grouped else None
+    if grouped and group_size is None:
+        group_size = _group_size(linears)
     kv_heads, head_size = _attention(checkpoint)
     layers = checkpoint.dimension("num_hidden_layers")
     kv_bytes = None

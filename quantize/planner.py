@@ -11,6 +11,7 @@ from quantize.plan import Plan, StageEntry
 from quantize.resolve import measures_base
 from quantize.stages import (
     adapter,
+    adopt,
     audit,
     calibrate,
     card,
@@ -30,6 +31,7 @@ STAGES: dict[str, Stage] = {
         ("adapter", adapter),
         ("calibrate", calibrate),
         ("compress", compress),
+        ("adopt", adopt),
         ("audit", audit),
         ("measure", measure),
         ("compare", compare),
@@ -110,13 +112,17 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     if recipe.calibrates:
         graph.append(("calibrate", "calibrate", fetched | apart))
         calibrated = {"calibrate": "calibrate"}
-    graph.append(("compress", "compress", fetched | calibrated))
-    made = fetched | {"compress": "compress"} | apart
+    if recipe.quantize.artifact is None:
+        graph.append(("compress", "compress", fetched | calibrated))
+    else:
+        graph.append(("adopt", "adopt", fetched))
+    result = graph[-1][0]
+    made = fetched | {"compress": result} | apart
     graph.append(("audit", "audit", made))
     made = made | {"audit": "audit"}
     measured: dict[str, str] = {}
     if resolved.suite is not None:
-        graph += _measurements(resolved)
+        graph += _measurements(resolved, result)
         measured = {ROLES[name]: name for name, kind, _ in graph if kind == "measure"}
         graph.append(("compare", "compare", made | calibrated | measured))
         sides = ("baseline", "candidate")
@@ -125,7 +131,7 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     if recipe.publish.wanted:
         # It reads no comparison, but nothing is published whose gates cannot be asked.
         gates = {"compare": "compare"} if measured else {}
-        published = {"compress": "compress", "card": "card"} | apart
+        published = {"compress": result, "card": "card"} | apart
         graph.append(("publish", "publish", published | gates))
     return graph
 
@@ -136,14 +142,17 @@ def _apart(resolved: Resolved) -> dict[str, str]:
     return {"adapter": adapter.FETCH_ADAPTER} if keeps else {}
 
 
-def _measurements(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
-    """Baseline and candidate; the baseline again for its noise; the base for retention."""
+def _measurements(resolved: Resolved, result: str) -> list[tuple[str, str, dict[str, str]]]:
+    """Baseline and candidate; the baseline again for its noise; the base for retention.
+
+    `result` is the stage that makes the candidate.
+    """
     evaluate = resolved.recipe.evaluate
     assert evaluate is not None, "a suite comes from an evaluate block"
     served = {"fetch": "fetch", "model": "fetch"} | _apart(resolved)
     graph = [
         ("measure-baseline", "measure", served),
-        ("measure-candidate", "measure", served | {"model": "compress"}),
+        ("measure-candidate", "measure", served | {"model": result}),
     ]
     if measure.unservable(resolved):
         return graph  # there is nothing to hold them against

@@ -13,7 +13,9 @@ from quantize.findings import Finding
 from quantize.stages.base import Resolved
 from quantize.targets import Hub
 
-ALL = frozenset({"fetch", "adapter", "calibrate", "compress", "measure", "card", "publish"})
+ALL = frozenset(
+    {"fetch", "adapter", "calibrate", "compress", "adopt", "measure", "card", "publish"}
+)
 
 
 def check_texts(resolved: Resolved) -> list[Finding]:

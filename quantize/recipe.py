@@ -33,6 +33,7 @@ EngineName = Literal[
     "autoawq",
     "gptqmodel",
     "llamacpp",
+    "elsewhere",
     "auto-gptq",
     "autogptq",
 ]
@@ -258,13 +259,21 @@ class Quantize(Block):
         None,  # type: ignore[arg-type]  # likewise
         description="Who quantizes: stream holds one layer in memory and resumes, and leaves "
         "architectures that it does not know to llmcompressor. Methods that only one engine has "
-        "need no name. auto-gptq is the old name of gptqmodel.",
+        "need no name. auto-gptq is the old name of gptqmodel. elsewhere goes with artifact.",
     )
     format: Format | None = Field(
         None,
         description="How the artifact is stored; the engine's own format if absent. awq and gptq "
         "are repacked from other engines' results without quantizing again.",
     )
+    artifact: str | None = Field(
+        None,
+        min_length=1,
+        description="A checkpoint that was quantized elsewhere (folder or Hub repository): it is "
+        "measured and described, not made again. The other keys say what it is; quantize measure "
+        "fills them in.",
+    )
+    artifact_revision: str | None = Field(None, description="Hub only: the artifact's commit hash.")
     dampening: Fraction = Field(
         0.01, description="GPTQ: share of the mean Hessian diagonal that is added to it."
     )
@@ -282,7 +291,14 @@ class Quantize(Block):
                 raise ValueError("method is missing: name awq, gptq, fp8, ...")
             object.__setattr__(self, "method", "gguf")
         if self.engine is None:
-            object.__setattr__(self, "engine", default_engine(self.method))
+            engine = "elsewhere" if self.artifact else default_engine(self.method)
+            object.__setattr__(self, "engine", engine)
+        if (self.engine == "elsewhere") != (self.artifact is not None):
+            raise ValueError(
+                "engine elsewhere and artifact go together: remove one, or name the other"
+            )
+        if self.artifact_revision is not None and self.artifact is None:
+            raise ValueError("artifact_revision without artifact: name it or remove the revision")
         return self
 
     @model_validator(mode="after")
@@ -324,7 +340,7 @@ class Quantize(Block):
     @property
     def repacks(self) -> bool:
         """Whether the engine's result is stored in another format than the engine writes."""
-        return self.effective_format != ENGINES[self.engine].FORMAT
+        return self.artifact is None and self.effective_format != ENGINES[self.engine].FORMAT
 
     @property
     def effective_group_size(self) -> int | Literal["channel"] | None:
@@ -364,6 +380,8 @@ class Quantize(Block):
     @property
     def calibrated_part(self) -> str | None:
         """What reads token ids, in words; None if nothing does."""
+        if self.artifact is not None:
+            return None  # it was calibrated elsewhere, if at all
         if (self.method, self.effective_scheme) not in DATA_FREE:
             return f"method {self.method} with {self.effective_scheme}"
         if any(override.scheme == "FP8" for override in self.overrides):

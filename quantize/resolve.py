@@ -57,7 +57,7 @@ def resolve(
     """Digests and local paths of everything that `recipe` names.
 
     `digests` holds `model`, and where the recipe has such a part `adapter`, `base` (if it is
-    measured), `calibration`, `suite`, `text`, `own_text`, `prompts`, `tasks`, `health`,
+    measured), `artifact`, `calibration`, `suite`, `text`, `own_text`, `prompts`, `tasks`, `health`,
     `card_template` and `sign`. A checkpoint folder with more than `hash_limit_bytes` that
     `cache_path` does not know is left absent. `on_hashed` is told (bytes done, bytes in all).
 
@@ -75,6 +75,14 @@ def resolve(
         with own.kept():
             path = find_data(calibration.source, folder, "calibration.source")
             inputs.data("calibration", path, calibration.source, calibration.revision)
+    if recipe.quantize.artifact is not None:
+        artifact, revision = recipe.quantize.artifact, recipe.quantize.artifact_revision
+        with own.kept():
+            path = find_checkpoint(artifact, folder, "quantize.artifact")
+            if path is None:
+                inputs.hub("artifact", artifact, revision, "model")
+            else:
+                inputs.checkpoint("artifact", path, checkpoint_files(path))
     suite = _resolve_evaluation(recipe, folder, inputs)
     if recipe.publish.sign is not None:
         _resolve_signer(recipe.publish.sign, inputs)

@@ -37,6 +37,7 @@ CHECKED = {
     "fetch": ("fetch",),
     "calibrate": ("calibrate",),
     "compress": ("compress",),
+    "adopt": ("adopt",),
     "measure": ("measure-baseline", "measure-candidate"),
 }
 """Kind of a stage → the stages of that kind that need the most."""

@@ -34,7 +34,7 @@ def room_needed(
 
 
 def _whole(entry: StageEntry, resolved: Resolved, artifacts: Mapping[str, Artifact]) -> int | None:
-    if entry.kind == "compress":
+    if entry.kind in ("compress", "adopt"):
         source = read_checkpoint(model_folder(artifacts["fetch"]))
         return promised_bytes(source, resolved.recipe)
     if entry.kind == "publish" and resolved.recipe.publish.folder is not None:

@@ -134,6 +134,9 @@ def stage_needs(
                 one = _calibrate(recipe, stage, kind)
             case "compress":
                 one = _compress(checkpoint, recipe, stage, device)
+            case "adopt":
+                artifact = Part("the adopted checkpoint", promised_bytes(checkpoint, recipe))
+                one = Needs(stage, kind, _core("copying"), None, 0, (artifact,))
             case "measure":
                 one = _measure(checkpoint, recipe, stage, device, unpacks)
             case _:

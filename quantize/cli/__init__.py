@@ -21,7 +21,15 @@ def main() -> None:
 
 
 for command in (
-    *(recipes.run, recipes.plan, recipes.check, recipes.search, recipes.schema, recipes.init),
+    *(
+        recipes.run,
+        recipes.measure,
+        recipes.plan,
+        recipes.check,
+        recipes.search,
+        recipes.schema,
+        recipes.init,
+    ),
     *(results.report, results.compare, results.verify, results.card),
     *(upkeep.setup, upkeep.env, upkeep.store),
 ):

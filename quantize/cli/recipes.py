@@ -60,6 +60,55 @@ def run(
 
 
 @click.command()
+@click.argument("artifact", metavar="ARTIFACT")
+@click.option("--source", required=True, metavar="SOURCE", help="What it was made from, in BF16.")
+@click.option("--suite", metavar="NAME", help="What is measured  [default: what fits SOURCE]")
+@click.option("--method", metavar="M", help="How it was made, where its format does not say it.")
+@click.option("--name", help="Name of the recipe  [default: from the artifact's]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The recipe  [default: NAME.yaml]",
+)
+@click.option("--force", is_flag=True, help="Overwrite the recipe.")
+@STORE
+@SET
+@click.option("--quick", is_flag=True, help="Measure the suite's quick subset, in minutes.")
+@JSON
+def measure(
+    artifact: str,
+    source: str,
+    suite: str | None,
+    method: str | None,
+    name: str | None,
+    output: Path | None,
+    force: bool,
+    store_folder: Path | None,
+    overrides: tuple[str, ...],
+    quick: bool,
+    as_json: bool,
+) -> int:
+    """Audit and measure ARTIFACT, quantized elsewhere, against SOURCE, and write its card.
+
+    ARTIFACT is a folder with compressed-tensors, AWQ or GPTQ weights, which are taken as they are.
+    Writes a recipe that says what it is, and runs it; after a stop, `quantize run` on the recipe
+    goes on.
+    """
+    if quick:
+        overrides = (*overrides, "evaluate.quick=true")
+    with handle_signals():
+        from quantize.adopting import Request, write_recipe
+        from quantize.session import Session
+
+        recipe = write_recipe(Request(artifact, source, suite, method, name, output, force))
+        if not as_json:
+            click.echo(f"wrote {recipe}")
+        session = Session.open(str(recipe), overrides, store_folder, online=True)
+        return session.run(only=None, first=None, last=None, as_json=as_json, write=click.echo)
+
+
+@click.command()
 @click.argument("recipe")
 @click.option(
     "--price-per-hour",

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import cast
 
-from quantize.engines import autoawq, autoround, gptqmodel, llamacpp, llmcompressor, stream
+from quantize.engines import (
+    autoawq,
+    autoround,
+    elsewhere,
+    gptqmodel,
+    llamacpp,
+    llmcompressor,
+    stream,
+)
 from quantize.engines.base import Engine
 
 ENGINES: dict[str, Engine] = {
@@ -14,6 +22,7 @@ ENGINES: dict[str, Engine] = {
     "autoawq": cast(Engine, autoawq),
     "gptqmodel": cast(Engine, gptqmodel),
     "llamacpp": cast(Engine, llamacpp),
+    "elsewhere": cast(Engine, elsewhere),
 }
 
 OLD_NAMES = {"auto-gptq": "gptqmodel", "autogptq": "gptqmodel"}

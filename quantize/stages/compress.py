@@ -9,6 +9,7 @@ from quantize.engine.support import why_not
 from quantize.engines import ENGINES
 from quantize.model_files import TOKENIZER_FILES, any_match, checkpoint_files
 from quantize.protocol import write_json
+from quantize.recipe import Quantize
 from quantize.remote_code import code_files
 from quantize.stages.base import Resolved, StageContext
 
@@ -25,7 +26,11 @@ def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
 
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     """The quantize block with its defaults filled in, without options the method does not read."""
-    quantize = resolved.recipe.quantize
+    return what_is_asked(resolved.recipe.quantize)
+
+
+def what_is_asked(quantize: Quantize) -> dict[str, Any]:
+    """The block as a key reads it."""
     inputs: dict[str, Any] = {
         "method": quantize.method,
         "scheme": quantize.effective_scheme,

@@ -131,7 +131,7 @@ def run(context: StageContext) -> None:
         if code is not None:
             _require_read(repo, commit, code)
             code, patterns = LET_IN, (*CHECKPOINT_FILES, "*.py")
-        folder = _download(context, name, context.work / "model", patterns)
+        folder = download(context, name, context.work / "model", patterns)
         source = {"kind": "hub", "folder": "model", "repo": repo, "commit": commit}
     raise_findings(
         examine(folder, commit=commit)[1]
@@ -267,7 +267,7 @@ def _unchanged(
         )
 
 
-def _download(context: StageContext, name: str, folder: Path, patterns: Sequence[str]) -> Path:
+def download(context: StageContext, name: str, folder: Path, patterns: Sequence[str]) -> Path:
     """The pinned Hub snapshot of `name` (model or adapter) in `folder`, continued after a kill."""
     from quantize.hub import (
         repository as hub,  # imports an HTTP client: only runs that go online pay for it
@@ -339,7 +339,7 @@ def bring_adapter(context: StageContext, base: Checkpoint) -> tuple[Path, dict[s
     said: dict[str, Any] = {"source": model.adapter}
     folder = context.resolved.paths.get("adapter")
     if folder is None:
-        folder = _download(context, "adapter", context.work / "adapter", ADAPTER_FILES)
+        folder = download(context, "adapter", context.work / "adapter", ADAPTER_FILES)
         said["commit"] = context.resolved.commit("adapter")
     raise_findings(check_adapter(folder, model.adapter_mode or "merge", base))
     adapter, _ = read_adapter(folder)

@@ -1,0 +1,27 @@
+"""No engine of ours: the recipe names an artifact that somebody quantized elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quantize.engines import autoround, stream
+
+if TYPE_CHECKING:
+    from quantize.recipe import Quantize
+
+NAME = "elsewhere"
+ENVIRONMENT = ""
+WORKER = ""
+FORMAT = "compressed-tensors"
+METHODS: Mapping[str, tuple[str, ...]] = {**stream.METHODS, **autoround.METHODS}
+
+
+def cannot_do(quantize: Quantize) -> str | None:
+    """All of the block: the audit tells whether the artifact is what it says."""
+    return None
+
+
+def cannot_read(config: Mapping[str, Any]) -> str | None:
+    """Nothing is loaded."""
+    return None
