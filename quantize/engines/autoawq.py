@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = "autoawq"
+SAID = "AutoAWQ"
 ENVIRONMENT = "autoawq"
 WORKER = "autoawq"
 FORMAT = "awq"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = "autoround"
+SAID = "AutoRound, in llm-compressor's oneshot"
 ENVIRONMENT = "llmcompressor"
 WORKER = "oneshot"
 FORMAT = "compressed-tensors"

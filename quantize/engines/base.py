@@ -13,6 +13,7 @@ class Engine(Protocol):
     """A module of this package with these names at its top level."""
 
     NAME: str
+    SAID: str  # what a card calls it
     ENVIRONMENT: str
     WORKER: str  # module of quantize.workers
     FORMAT: str  # what it writes, a name in quantize.artifact_formats

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = "elsewhere"
+SAID = "none of ours: quantized elsewhere, and taken as it is"
 ENVIRONMENT = ""
 WORKER = ""
 FORMAT = "compressed-tensors"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = "gptqmodel"
+SAID = "GPTQModel, the successor of AutoGPTQ"
 ENVIRONMENT = "gptqmodel"
 WORKER = "gptqmodel"
 FORMAT = "gptq"

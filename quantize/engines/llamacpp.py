@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = "llamacpp"
+SAID = "llama.cpp's converter and quantizer"
 ENVIRONMENT = "llamacpp"
 WORKER = "gguf"
 FORMAT = "gguf"

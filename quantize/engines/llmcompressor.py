@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = "llmcompressor"
+SAID = "llm-compressor's oneshot"
 ENVIRONMENT = "llmcompressor"
 WORKER = "oneshot"
 FORMAT = "compressed-tensors"

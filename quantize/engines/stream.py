@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = "stream"
+SAID = "quantize's own, a decoder layer at a time"
 ENVIRONMENT = "llmcompressor"
 WORKER = "stream"
 FORMAT = "compressed-tensors"

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from quantize.engines import ENGINES
 from quantize.errors import SourceError
 from quantize.report.card_commands import (
     sglang_caution,
@@ -122,6 +123,7 @@ def card_variables(record: Record) -> dict[str, Any]:
         "transformers_code": transformers_code(record),
         "verify_command": verify_command(record),
         "recipe_yaml": yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
+        "engine": _engine(record),
         "calibration": _calibration(record),
         "versions": _versions(record),
         "audit": _audit(record),
@@ -162,6 +164,14 @@ def _answers(record: Record) -> list[dict[str, str]]:
             row = {"prompt": smoke["prompt"], "before": smoke["answer"], "after": answer}
             shown.setdefault(smoke["prompt"], row)
     return list(shown.values())[:ANSWERS]
+
+
+def _engine(record: Record) -> str:
+    """Who quantized, in words; a note on it where the recipe asked for another."""
+    made = record["compress"]
+    name = made.get("engine", "stream")  # records did not always say it
+    words = made.get("engine_note") or (ENGINES[name].SAID if name in ENGINES else name)
+    return f"{words} (its config says: {made['made_by']})" if "made_by" in made else str(words)
 
 
 def _calibration(record: Record) -> list[tuple[str, str]]:

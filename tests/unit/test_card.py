@@ -117,6 +117,12 @@ NOTE = "quantized by llm-compressor's oneshot: not verified on PhiForCausalLM"
         ({}, "quantize's own, a decoder layer at a time"),
         ({"engine": "llmcompressor"}, "llm-compressor's oneshot"),
         ({"engine": "llmcompressor", "engine_note": NOTE}, NOTE),
+        ({"engine": "gptqmodel"}, "GPTQModel, the successor of AutoGPTQ"),
+        (
+            {"engine": "elsewhere", "made_by": "gptq, gptqmodel:7.7.0"},
+            "none of ours: quantized elsewhere, and taken as it is "
+            "(its config says: gptq, gptqmodel:7.7.0)",
+        ),
     ],
 )
 def test_the_engine_that_ran_is_on_the_card(made, compressed, engine):
