@@ -48,7 +48,7 @@ def _said(check: Checked) -> Text:
         lines += [f"→ {one_line(finding.hint)}"] if finding.hint else []
     lines += [f"note: {one_line(note)}" for note in check.told.notes]
     if check.told.unchecked and not lines:
-        return Text(f"not checked: {check.told.unchecked}", "yellow")
+        return Text(f"not checked: {one_line(check.told.unchecked)}", "yellow")
     if check.told.skipped:
-        return Text(check.told.skipped, "dim")
+        return Text(one_line(check.told.skipped), "dim")
     return Text("\n".join(lines))

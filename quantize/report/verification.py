@@ -27,7 +27,8 @@ def verification_text(found: Verification) -> str:
         lines = [one_line(problem.text) for problem in check.problems[:SHOWN]]
         more = len(check.problems) - SHOWN
         lines += [f"and {more} more"] if more > 0 else []
-        table.add_row(check.name, Text(mark, style), Text("\n".join(lines) or check.summary))
+        said = "\n".join(lines) or one_line(check.summary)
+        table.add_row(check.name, Text(mark, style), Text(said))
     failed = [check.name for check in found.checks if check.outcome == "failed"]
     if failed:
         verdict = Text(f"does not verify: {', '.join(failed)}", "bold red")

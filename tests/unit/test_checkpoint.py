@@ -17,6 +17,8 @@ from checkpoints import (
 )
 
 from quantize.checkpoint import (
+    PACKED,
+    QUANTIZATION_KEYS,
     card_metadata,
     chat_template,
     checkpoint_files,
@@ -183,11 +185,41 @@ def test_other_signs_of_code_and_of_quantization(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     (folder / "modeling_tiny.py").write_text("import os")
     assert "modeling_tiny.py" in refused(folder)
+    (folder / "modeling_tiny.py").unlink()
+    write_json(folder / "preprocessor_config.json", {"auto_map": {"AutoProcessor": "x.Y"}})
+    assert "auto_map in preprocessor_config.json" in refused(folder)
     tensors = llama_tensors()
     tensors["lm_head.weight"] = ("I8", np.zeros((96, 128), "i1"))
     other = write_checkpoint(tmp_path / "int8", tensors)
     assert "lm_head.weight is I8" in refused(other)
     assert examine(other, allow_quantized=True)[0] is not None
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])
+def test_each_key_of_a_config_that_says_quantized(tmp_path: Path, key: str) -> None:
+    assert key in QUANTIZATION_KEYS
+    folder = write_checkpoint(tmp_path)
+    edit_json(folder / "config.json", {key: {}})
+    assert f"already quantized ({key} in config.json)" in refused(folder)
+
+
+SIGNS = (
+    *(".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB"),
+    *(".quant_state.bitsandbytes__nf4", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".weight_zero_point", "_proj_blocks", "_proj_scales"),
+)
+
+
+@pytest.mark.parametrize("end", SIGNS)
+def test_each_name_of_a_tensor_that_says_quantized(tmp_path: Path, end: str) -> None:
+    """By the name alone: its dtype is one that weights have, or it has one dimension."""
+    name = f"model.layers.0.mlp.up{end}"
+    tensors = llama_tensors(layers=1) | {name: ("F32", np.zeros(4, "<f4"))}
+    assert f"already quantized ({name})" in refused(write_checkpoint(tmp_path, tensors))
+
+
+def test_every_such_name_is_tried() -> None:
+    assert set(SIGNS) == set(PACKED)
 
 
 def test_files_that_are_not_there_or_not_json(tmp_path: Path) -> None:
@@ -249,6 +281,8 @@ def test_card_metadata_keeps_yaml_traps_as_text(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("---\nlicense: apache-2.0\nlanguage:\n- no\n- en\n---\n# Title\n")
     assert card_metadata(tmp_path) == {"license": "apache-2.0", "language": ["no", "en"]}
+    readme.write_text("---\n" + "".join(f"k{n}: [a]\n" for n in range(100)) + "---\n")
+    assert len(card_metadata(tmp_path)) == 100  # side by side, not inside each other
     readme.write_text("# No front matter\n---\n")
     assert card_metadata(tmp_path) == {}
     readme.write_text("---\nlicense: [\n---\n")

@@ -32,6 +32,7 @@ OTHERS = (
     *("WANDB_API_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN", "VLLM_API_KEY", "PGPASSWORD_TOKEN"),
     *("UV_INDEX_MINE_PASSWORD", "UV_INDEX_MINE_USERNAME", "UV_INDEX_URL", "UV_DEFAULT_INDEX"),
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "UV_PUBLISH_TOKEN", "MY_PRIVATE_KEY", "DB_PASSWORD"),
+    *("UV_FIND_LINKS", "PIP_FIND_LINKS", "UV_KEYRING_PROVIDER", "PIP_KEYRING_PROVIDER"),
     *("GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN_PATH", "SESSION_COOKIE"),
 )
 ALL = (*sorted(SECRETS), *CUSTOM, *OTHERS)
@@ -179,7 +180,8 @@ def test_uv_has_the_credentials_of_indices_and_nothing_else(
     ]
     assert [secrets for command, secrets in given_to if " venv " in f" {command} "] == [set()]
     (installing,) = [secrets for command, secrets in given_to if "pip install" in command]
-    assert installing == {n for n in CANARIES if n.startswith(("UV_INDEX", "UV_DEFAULT", "PIP_"))}
+    of_indices = ("UV_INDEX", "UV_DEFAULT", "UV_FIND", "UV_KEYRING", "PIP_")
+    assert installing == {n for n in CANARIES if n.startswith(of_indices)}
 
 
 def test_nothing_written_or_said_holds_a_secret(world: World) -> None:

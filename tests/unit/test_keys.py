@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize.hash_cache import HashCache
 from quantize.keys import canonical, difference, digest, file_sha256, tree_sha256
 
 scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.floats(-1e6, 1e6)
@@ -92,3 +93,14 @@ def test_files_and_trees(tmp_path: Path) -> None:
     assert tree == tree_sha256(tmp_path, ["a", "b/c"])
     (tmp_path / "b" / "c").write_bytes(b"x")
     assert tree != tree_sha256(tmp_path, ["a", "b/c"])
+
+
+def test_a_tree_has_the_same_digest_with_the_cache(tmp_path: Path) -> None:
+    """Whichever files it knows already, and whichever of several is hashed first."""
+    names = [f"{number}.safetensors" for number in range(8)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes((8 - number) << 16))
+    cache = HashCache(tmp_path / "cache.json", settle_seconds=-1)
+    assert cache.tree(tmp_path, names[2:6:2]) == tree_sha256(tmp_path, names[2:6:2])
+    assert cache.tree(tmp_path, names) == tree_sha256(tmp_path, names)
+    assert cache.tree(tmp_path, names[::-1]) == tree_sha256(tmp_path, names)

@@ -1,6 +1,7 @@
 """Everything that can be known before weights load, reported together."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from quantize.recipe import Recipe
 from quantize.source_checks import check_checkpoint, check_source, promised_bytes
 from quantize.stages.base import Resolved
 from quantize.suite import Load, PerplexityText, Suite
+from quantize.workers import rows
 from tests.unit.adapters import write_adapter
 
 ROWS = [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Some text."}]
@@ -285,8 +287,32 @@ def test_other_calibration_files(tmp_path: Path) -> None:
     assert "not a complete" in found(
         "f.parquet", b"PAR1" + b"x" * 20 + b"PAR1"
     )  # a footer that lies
+    for start, footer, end in (
+        (b"PAR1", 21, b"PAR1"),
+        (b"PARE", 20, b"PAR1"),
+        (b"PAR1", 20, b"PARE"),
+    ):
+        content = start + b"x" * 20 + bytes([footer, 0, 0, 0]) + end
+        assert "not a complete" in found("g.parquet", content)
     missing = check_calibration(tmp_path / "nowhere.jsonl", has_chat_template=True)
     assert "does not exist" in missing[0].message
+
+
+def test_a_line_without_end_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be held in memory before anyone knew how long it is."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"x" * (4 << 20))
+    monkeypatch.setattr(rows, "LINE_LIMIT_BYTES", 1 << 10)
+    tracemalloc.start()
+    try:
+        (finding,) = check_calibration(path, has_chat_template=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "rows.jsonl:1: a line of more than" in finding.message
+    assert peak < 1 << 20
 
 
 def test_only_the_start_of_a_large_file_is_parsed(

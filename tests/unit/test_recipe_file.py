@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantize import recipe_file
 from quantize.errors import Problem, RecipeError, UsageError
 from quantize.recipe import Recipe, recipe_schema
 from quantize.recipe_file import load_prompts, load_recipe, load_suite
@@ -18,6 +19,7 @@ from quantize.resources import (
     shipped_names,
     shipped_root,
 )
+from quantize.yaml_values import MOST_PROBLEMS
 
 VALID = """\
 version: 1
@@ -72,6 +74,17 @@ def test_a_misspelt_required_key_is_one_mistake(tmp_path: Path) -> None:
     problem = only(tmp_path, VALID.replace("  method: ", "  metod: "))
     assert problem.path == "quantize.metod"
     assert "did you mean method" in problem.message
+
+
+def test_a_file_of_another_kind_is_described_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its keys would be compared with all known ones, and be a line of the message."""
+    compared: list[object] = []
+    monkeypatch.setattr(recipe_file, "_meant", lambda _kind, path: compared.append(path))
+    text = "".join(f"k{number}: 1\n" for number in range(5 * MOST_PROBLEMS))
+    assert len(problems(tmp_path, text)) == MOST_PROBLEMS
+    assert len(compared) <= 3 * MOST_PROBLEMS  # those described are compared once more
 
 
 def test_three_mistakes_are_three_problems(tmp_path: Path) -> None:

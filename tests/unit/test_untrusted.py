@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +17,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from quantize.checking import Report
+from quantize.checklist import Checked
 from quantize.checkpoint import examine
 from quantize.cli import fail
+from quantize.environments import Environments
 from quantize.errors import SourceError
+from quantize.findings import Finding, Told
 from quantize.model_files import unsound_files
 from quantize.plan import Plan, StageEntry
 from quantize.printable import printable, shortened
 from quantize.progress import BarView, LineView, Progress
 from quantize.protocol import Events, write_json
-from quantize.report.tables import plan_table, render
+from quantize.report.checks import checks_text
+from quantize.report.tables import artifacts_table, environments_table, plan_table, render
 from quantize.stages.fetch import hash_checkpoint
 from quantize.status import Status
+from quantize.store import Artifact, Manifest
 from quantize.tensors import read_header
 from quantize.untrusted import JSON_LIMIT_BYTES, foreign_link, open_regular, read_bytes
 from quantize.weights import hash_and_look
@@ -77,6 +84,10 @@ def test_links_out_of_a_hub_cache_are_not(tmp_path: Path) -> None:
     shutil.copytree(snapshot, moved, symlinks=True)
     shutil.copytree(snapshot.parents[1] / "blobs", tmp_path / "weights/blobs")
     assert foreign_link(moved / "tokenizer.json") is not None
+    # nor are the blobs' neighbours that are no snapshots
+    beside = snapshot.parents[1] / "refs.d/1"
+    shutil.copytree(snapshot, beside, symlinks=True)
+    assert foreign_link(beside / "tokenizer.json") is not None
 
 
 def test_links_inside_the_folder_and_hard_links(tmp_path: Path) -> None:
@@ -183,6 +194,40 @@ def test_a_table_takes_names_as_they_are() -> None:
     shown.encode()
 
 
+def test_other_tables_do_so_too(tmp_path: Path) -> None:
+    made = Manifest("fetch", "0" * 64, {}, (), HOSTILE, "2026-01-01", {"total": 1.0}, {})
+    own = {"vllm": tmp_path / "[red]x[/]" / "bin" / "python"}
+    shown = render(artifacts_table([Artifact(tmp_path, made)]))
+    assert "[red]x[/]" in shown
+    assert not set(shown) & set("\x1b\x9b\u202e\ud800")
+    shown = render(environments_table(Environments("cpu", tmp_path / "[red]x[/]", own)))
+    assert "[red]x[/]" in "".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        Told(findings=[Finding(HOSTILE, "")]),
+        Told(findings=[Finding("", HOSTILE)]),
+        Told(notes=[HOSTILE]),
+        Told(unchecked=HOSTILE),
+        Told(skipped=HOSTILE),
+    ],
+    ids=["message", "hint", "note", "unchecked", "skipped"],
+)
+def test_checks_take_names_as_they_are(told: Told) -> None:
+    """Each says names of the checkpoint: of tensors, files, the architecture."""
+    shown = checks_text(Report("tiny", (Checked("files", told),)))
+    assert "[red]x[/]" in shown
+    assert not set(shown) & set("\x1b\x9b\u202e\ud800")
+
+
+def test_notes_on_all_checks_take_names_as_they_are() -> None:
+    shown = checks_text(Report("tiny", (), (HOSTILE,)))
+    assert "[red]x[/]" in shown
+    assert not set(shown) & set("\x1b\x9b\u202e\ud800")
+
+
 @pytest.mark.parametrize("bars", [False, True])
 def test_progress_shows_names_as_they_are(tmp_path: Path, bars: bool) -> None:
     text = io.StringIO()
@@ -201,6 +246,14 @@ def test_progress_shows_names_as_they_are(tmp_path: Path, bars: bool) -> None:
     shown = text.getvalue() if bars else "\n".join(lines)
     assert shown.count("[red]x[/]") >= 2
     assert not set(shown) & set("\x1b\x9b\u202e\ud800")
+
+
+def test_a_step_shows_names_as_they_are() -> None:
+    """Without a stage, whose title a view shows alone for a second."""
+    lines: list[str] = []
+    Progress(LineView(lines.append, every_seconds=0)).step(HOSTILE, 1, 2, "rows")
+    assert "[red]x[/]" in lines[0]
+    assert not set(lines[0]) & set("\x1b\x9b\u202e\ud800")
 
 
 def test_half_a_character_can_be_written_and_read_again(tmp_path: Path) -> None:
@@ -227,6 +280,15 @@ def test_limits(tmp_path: Path) -> None:
     assert read_bytes(path, 8) == b'{"a": 1}'
     with pytest.raises(SourceError, match="larger than 7 bytes"):
         read_bytes(path, 7)
+    with open(path, "r+b") as file:
+        file.truncate(64 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SourceError, match="larger than 8 bytes"):
+            read_bytes(path, 8)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20  # it was not read to be measured
+    finally:
+        tracemalloc.stop()
     folder = write_checkpoint(tmp_path / "model")
     assert unsound_files(folder) == []
     with open(folder / "tokenizer.json", "r+b") as file:

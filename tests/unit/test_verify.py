@@ -27,7 +27,7 @@ from quantize.provenance import RECIPE, RECORD, STATEMENT
 from quantize.report.card import render_card
 from quantize.report.verification import verification_text
 from quantize.verify.checks import verify_place
-from quantize.verify.documents import TEMPLATE
+from quantize.verify.documents import TEMPLATE, load_yaml
 from quantize.verify.verification import Trust, Verification
 
 
@@ -295,6 +295,12 @@ def test_documents_that_cannot_be_read(folder: Path, name: str, text: str) -> No
     assert "statement" in found or "record" in found
 
 
+def test_a_recipe_of_aliases_is_not_built() -> None:
+    """Compared with the record it would fail as well, after it has filled the memory."""
+    with pytest.raises(ValueError, match="aliases"):
+        load_yaml("a: &a [x, x]\nb: [*a, *a]\n")
+
+
 def test_a_record_that_is_incomplete_is_no_crash(folder: Path) -> None:
     record = json.loads((folder / RECORD).read_text())
     del record["source"], record["size"]
@@ -525,3 +531,14 @@ def test_names_of_a_stranger_write_no_control_characters(folder: Path) -> None:
     text = verification_text(look(folder))
     assert "red verified was added" in text
     assert "\x1b[31mred" not in text and text.rstrip().endswith("does not verify: files")
+
+
+def test_a_version_of_a_stranger_writes_no_control_characters(folder: Path) -> None:
+    """It is shown of checks that pass or are skipped, where no problem is."""
+    record = json.loads((folder / RECORD).read_text())
+    record["quantize"] = "\x1b[31m9.9.9\u202e"
+    write(folder / RECORD, record)
+    relist(folder)
+    text = verification_text(look(folder))
+    assert "9.9.9" in text
+    assert not set(text) & set("\x1b\u202e")
