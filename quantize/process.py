@@ -57,7 +57,7 @@ SECRET_NAME = re.compile(
 """Names that say that they hold a secret: WANDB_API_KEY, GITHUB_TOKEN, UV_INDEX_MINE_PASSWORD. What
 is called TOKENIZERS_PARALLELISM does not."""
 
-INDEX_NAME = re.compile(r"(UV|PIP)_\w*(INDEX|FIND_LINKS|KEYRING|USERNAME|PASSWORD)\w*")
+INDEX_NAME = re.compile(r"(UV|PIP)_\w*(INDEX|FIND_LINKS|KEYRING)\w*")
 """uv's and pip's places of packages, whose addresses may hold a password: for uv alone."""
 
 _withheld: set[str] = set()

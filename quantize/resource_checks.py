@@ -81,8 +81,9 @@ def check_resources(
         stages = [(name, kind) for name, kind in stages if kind != "measure" or name in measured]
     if BASE in to_run and "fetch" not in downloads:
         stages.append((BASE, "fetch"))
-    if recipe.evaluate is None:
-        stages = [(name, kind) for name, kind in stages if kind != "measure"]
+    absent = {"adopt" if recipe.quantize.artifact is None else "compress"}
+    absent |= {"measure"} if recipe.evaluate is None else set()
+    stages = [(name, kind) for name, kind in stages if kind not in absent]
     if not stages:
         return []
     needs = stage_needs(checkpoint, recipe, device, stages, downloads=downloads, unpacks=unpacks)
