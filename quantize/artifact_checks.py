@@ -15,6 +15,7 @@ import numpy.typing as npt
 from quantize.checkpoint import LAYER, Checkpoint
 from quantize.formats import FLOAT_SCALES, ModuleFormats, WeightFormat, layout_bytes
 from quantize.modules import module_name
+from quantize.stored import Stored
 from quantize.tensors import FLOATS, TensorInfo, chunks, from_float32, load_tensor, to_float32
 
 SIZE_TOLERANCE = 0.01
@@ -65,20 +66,26 @@ class Coverage:
     faults: list[str] = field(default_factory=list)
     kept_modules: list[str] = field(default_factory=list)  # linears that stay unquantized
     expected_bytes: int = 0  # of all tensors, as the scheme promises from the source's shapes
+    left: dict[str, TensorInfo] = field(default_factory=dict)  # of the artifact, not accounted for
 
 
 def cover(
-    source: Checkpoint, artifact: Checkpoint, formats: ModuleFormats, *, kv_cache: bool
+    source: Checkpoint,
+    artifact: Checkpoint,
+    formats: ModuleFormats,
+    stored: Stored,
+    *,
+    kv_cache: bool,
 ) -> Coverage:
     """Account for every tensor of both sides; what does not add up is in `faults`."""
-    coverage = Coverage()
-    left = dict(artifact.tensors)
+    coverage = Coverage(left=dict(artifact.tensors))
+    left = coverage.left
     linears = {info.name for info in source.linears()}
     for name, info in source.tensors.items():
         module = module_name(name)
         form = formats.of(module) if name in linears else None
         if form is not None:
-            _cover_quantized(coverage, module, info, form, left)
+            _cover_quantized(coverage, module, info, form, stored)
         elif name in left:
             ours = left.pop(name)
             coverage.kept[name] = (info, ours)
@@ -105,14 +112,14 @@ def _cover_quantized(
     module: str,
     info: TensorInfo,
     form: WeightFormat,
-    left: dict[str, TensorInfo],
+    stored: Stored,
 ) -> None:
     scale_dtype = "BF16" if info.dtype == "F32" else info.dtype
-    layout = form.layout(info.shape, scale_dtype)
+    layout = stored.layout(form, info.shape, scale_dtype)
     coverage.expected_bytes += layout_bytes(layout)
     found: dict[str, TensorInfo] = {}
     for suffix, (dtype, shape) in layout.items():
-        ours = left.pop(f"{module}.{suffix}", None)
+        ours = coverage.left.pop(f"{module}.{suffix}", None)
         if ours is None:
             coverage.faults.append(f"{module}.{suffix} is missing: the module is not quantized")
             continue
@@ -145,6 +152,7 @@ def check_tensors(
     source: Checkpoint,
     artifact: Checkpoint,
     formats: ModuleFormats,
+    stored: Stored,
     *,
     kv_cache: bool,
     rescales: bool,
@@ -156,7 +164,7 @@ def check_tensors(
     `rescales`: the method moves scales between layers (AWQ), so that norms and kept weights inside
     layers may differ from the source by positive factors. `report` is told of bytes done.
     """
-    coverage = cover(source, artifact, formats, kv_cache=kv_cache)
+    coverage = cover(source, artifact, formats, stored, kv_cache=kv_cache)
     checks = [
         _check(
             "every tensor accounted for", coverage.faults, f"{len(source.tensors)} of the source"
@@ -168,9 +176,9 @@ def check_tensors(
     checks.append(_finite(artifact, report))
     if not coverage.faults:
         checks += [
-            _scales(coverage),
+            _scales(coverage, stored),
             _kept(coverage, rescales),
-            _fidelity(coverage, rescales, report),
+            _fidelity(coverage, stored, rescales, report),
             _size(artifact, coverage),
         ]
     return checks, coverage
@@ -214,10 +222,10 @@ def not_finite(values: npt.NDArray[np.generic], dtype: str) -> int:
     return int(np.count_nonzero(bad))
 
 
-def _scales(coverage: Coverage) -> Check:
+def _scales(coverage: Coverage, stored: Stored) -> Check:
     """Scales are positive; a packed module's `weight_shape` is the source's."""
     faults, count = [], 0
-    for info, values in _scale_values(coverage):
+    for info, values in _scale_values(coverage, stored):
         count += values.size
         bad = int(np.count_nonzero(~(values > 0)))
         if bad:
@@ -229,19 +237,27 @@ def _scales(coverage: Coverage) -> Check:
     return _check("scales are positive", faults, f"{count} scales")
 
 
-def _scale_values(coverage: Coverage) -> Iterator[tuple[TensorInfo, npt.NDArray[np.float32]]]:
+def _scale_values(
+    coverage: Coverage, stored: Stored
+) -> Iterator[tuple[TensorInfo, npt.NDArray[np.float32]]]:
     for linear in coverage.quantized.values():
-        for suffix, info in linear.tensors.items():
-            if suffix.endswith("_scale"):
-                yield info, linear.form.scale_values(load_tensor(info), info.dtype, suffix)
+        yield from stored.scales(linear.form, linear.tensors)
     for info in coverage.kv_scales:
         yield info, to_float32(load_tensor(info), info.dtype)
 
 
 def _kept(coverage: Coverage, rescales: bool) -> Check:
-    """Unquantized tensors are the source's, bit by bit (rounded once where the source is wider)."""
+    """Unquantized tensors are the source's, bit by bit.
+
+    A tensor in another dtype, as AutoAWQ writes FP16 for BF16, must be the source's rounded once:
+    nearest, ties to even. What FP16 cannot hold becomes Inf, which another check finds, or 0.
+    """
     faults, rescaled = [], 0
+    dtypes: dict[str, int] = {}  # of tensors in another dtype, with how many there are
     for name, (theirs, ours) in coverage.kept.items():
+        if theirs.dtype != ours.dtype:
+            became = f"{ours.dtype} instead of {theirs.dtype}"
+            dtypes[became] = dtypes.get(became, 0) + 1
         same = same_sign = True
         for a, b in zip(chunks(theirs), chunks(ours), strict=True):
             wanted = a
@@ -254,7 +270,7 @@ def _kept(coverage: Coverage, rescales: bool) -> Check:
                 same_sign = False
                 break
             same_sign &= np.array_equal(
-                np.sign(to_float32(a, theirs.dtype)), np.sign(to_float32(b, ours.dtype))
+                np.sign(to_float32(wanted, ours.dtype)), np.sign(to_float32(b, ours.dtype))
             )
         if not same and rescales and same_sign and LAYER.search(name):
             rescaled += 1
@@ -263,10 +279,14 @@ def _kept(coverage: Coverage, rescales: bool) -> Check:
     fine = f"{len(coverage.kept) - rescaled} tensors"
     if rescaled:
         fine += f"; {rescaled} inside layers differ by positive factors, as the method moves scales"
+    for became, count in dtypes.items():
+        fine += f"; {count} in {became}, rounded once"
     return _check("unquantized tensors are identical", faults, fine)
 
 
-def _fidelity(coverage: Coverage, rescales: bool, report: Callable[[int], None]) -> Check:
+def _fidelity(
+    coverage: Coverage, stored: Stored, rescales: bool, report: Callable[[int], None]
+) -> Check:
     """Dequantized rows point where the source's rows do, and are as long.
 
     With AWQ (`rescales`) lengths say nothing: it moves factors between layers on purpose.
@@ -277,7 +297,7 @@ def _fidelity(coverage: Coverage, rescales: bool, report: Callable[[int], None])
         info, form = linear.info, linear.form
         rows = _sample(info.shape[0])
         theirs = to_float32(np.asarray(load_tensor(info)[rows]), info.dtype)
-        ours = form.dequantized_rows(linear.tensors, rows, info.shape[1])
+        ours = stored.dequantized_rows(form, linear.tensors, rows, info.shape)
         if rescales:
             theirs = _rescaled(theirs, ours)
         elif (wrong := _wrong_gain(theirs, ours)) is not None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantize.artifact_checks import Check
+from quantize.artifact_formats.compressed_tensors import groups_of
 from quantize.formats import WeightFormat
 from quantize.modules import matches
+from quantize.stored import Stored, facts_of
 
 TOLERATED = frozenset(
     {"quantization_config", "transformers_version", "_name_or_path", "torch_dtype", "dtype"}
@@ -27,6 +29,7 @@ def check_quantization_config(
     config: dict[str, Any],
     quantized: Mapping[str, WeightFormat],
     kept_modules: Sequence[str],
+    stored: Stored,
     *,
     kv_cache: bool = False,
 ) -> Check:
@@ -38,6 +41,13 @@ def check_quantization_config(
     stated = config.get("quantization_config")
     if not isinstance(stated, dict):
         return Check(name, False, "config.json has none: servers would read the model as BF16")
+    if stored.format.NAME != "compressed-tensors":
+        facts = {module: facts_of(form) for module, form in quantized.items()}
+        try:
+            faults = stored.format.config_faults(stated, facts, kept_modules)
+        except ValueError as error:  # not in the form that the format's config has
+            faults = [str(error)]
+        return _config_check(quantized, faults, stored.format.NAME)
     compressions = {form.compression for form in quantized.values()}
     whole = compressions.pop() if len(compressions) == 1 else "mixed-precision"
     faults = _differences({"quant_method": "compressed-tensors", "format": whole}, stated)
@@ -51,10 +61,20 @@ def check_quantization_config(
         faults += [f"kv_cache_scheme.{fault}" for fault in _differences(KV_CACHE, cache or {})]
     elif cache is not None:
         faults.append("kv_cache_scheme is there, though the recipe does not ask for it")
+    more = ["FP8 KV cache"] if kv_cache else []
+    return _config_check(quantized, faults, whole, *more)
+
+
+def _config_check(
+    quantized: Mapping[str, WeightFormat],
+    faults: Sequence[str],
+    whole: str,
+    *also: str,
+) -> Check:
     schemes = sorted({form.scheme for form in quantized.values()})
-    fine = ", ".join([whole, *schemes, *(["FP8 KV cache"] if kv_cache else [])])
     more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-    return Check(name, not faults, "; ".join(faults[:5]) + more or fine)
+    said = "; ".join(faults[:5]) + more or ", ".join([whole, *schemes, *also])
+    return Check("quantization_config", not faults, said)
 
 
 def _group_faults(
@@ -66,28 +86,13 @@ def _group_faults(
         return ["no config_groups"]
     faults: dict[str, str] = {}  # what is wrong → the first module that it concerns
     for module, form in quantized.items():
-        candidates = _groups_of(module, groups)
+        candidates = groups_of(module, groups)
         if not candidates:
             faults.setdefault("no config group names", module)
         for key in candidates:
             for fault in _differences_from(form, groups[key], whole):
                 faults.setdefault(f"{key}.{fault}", module)
     return [f"{fault} ({module})" for fault, module in faults.items()]
-
-
-def _groups_of(module: str, groups: Mapping[str, Any]) -> list[str]:
-    """The groups that readers take for a linear, each once: none, one, or two if they disagree.
-
-    Of those whose targets name it, vLLM takes the first (`compressed_tensors/utils.py`,
-    _find_first_match). compressed-tensors takes names before patterns, and patterns in the order
-    of the alphabet (`utils/match.py`, match_targets). Where none names it, the one for all linears.
-    """
-    targets = [(t, key) for key, group in groups.items() for t in group.get("targets") or ()]
-    named = [(t, key) for t, key in targets if matches(module, [t])]
-    if not named:
-        return [key for t, key in targets if t == "Linear"][:1]
-    by_compressed_tensors = min(named, key=lambda pair: ("re:" in pair[0], pair[0]))
-    return list(dict.fromkeys([named[0][1], by_compressed_tensors[1]]))
 
 
 def states_format(form: WeightFormat, group: Any, whole: str) -> bool:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from quantize.artifact_formats import FORMATS
 from quantize.block import Block, Fraction, PositiveInt
 from quantize.capacity.cards import find_card, known_names
 from quantize.engines import ENGINES, OLD_NAMES, default_engine
@@ -325,6 +326,9 @@ class Quantize(Block):
                 f"engine {self.engine} cannot make format {self.effective_format}: GGUF is written "
                 "by engine llamacpp, and by it alone"
             )
+        stored = FORMATS.get(self.effective_format)
+        if stored is not None and (part := stored.cannot_hold(self)) is not None:
+            raise ValueError(f"format {self.effective_format} cannot hold {part}")
         return self
 
     @property

@@ -33,6 +33,7 @@ from quantize.remote_code import LET_IN
 from quantize.source_checks import tensor_parallel_faults
 from quantize.stages.base import Resolved, StageContext
 from quantize.store import Artifact
+from quantize.stored import stored_as
 
 VERSION = 3
 
@@ -74,6 +75,8 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         inputs["overrides"] = quantize.effective_overrides
     if quantize.kv_cache is not None:
         inputs["kv_cache"] = quantize.kv_cache
+    if quantize.effective_format != "compressed-tensors":
+        inputs["format"] = quantize.effective_format
     unusual = set(resolved.recipe.serve.tensor_parallel_sizes) - set(PARALLEL_SIZES)
     if unusual:  # the others are looked at for every recipe
         inputs["tensor_parallel_sizes"] = sorted(unusual)
@@ -125,10 +128,12 @@ def audit_folder(
     except SourceError as error:
         check = Check("the artifact can be read", False, error.message)
         return {"checks": [asdict(check)]}
+    stored = stored_as(quantize, artifact.config)
     checks, coverage = check_tensors(
         source,
         artifact,
         module_formats(quantize),
+        stored,
         kv_cache=kv_cache,
         rescales="awq" in quantize.method,
         report=report,
@@ -136,7 +141,7 @@ def audit_folder(
     formats = {module: linear.form for module, linear in coverage.quantized.items()}
     checks.append(
         check_quantization_config(
-            artifact.config, formats, coverage.kept_modules, kv_cache=kv_cache
+            artifact.config, formats, coverage.kept_modules, stored, kv_cache=kv_cache
         )
     )
     checks.append(check_model_config(source.config, artifact.config))
