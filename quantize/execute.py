@@ -192,7 +192,7 @@ def places(outcome: Outcome, run_folder: Path) -> dict[str, str]:
         for target in outcome.artifacts["publish"].json("receipt.json")["targets"]:
             where = target["path"] if target["kind"] == "folder" else target["url"]
             found[f"published ({target['kind']})"] = str(where)
-    for stage in ("compress", "adopt"):
+    for stage in ("compress", "convert", "adopt"):  # the later one is what users get
         if stage in outcome.artifacts:
             found["artifact"] = str(outcome.artifacts[stage].path / "model")
     if "card" in outcome.artifacts:

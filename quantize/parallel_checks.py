@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from quantize.artifact_formats import FORMATS, ArtifactFormat
 from quantize.checkpoint import LAYER, Checkpoint
 from quantize.findings import Finding
 from quantize.formats import BLOCK, Rule, WeightFormat
@@ -23,7 +24,7 @@ ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_t
 """Linears whose input is split over the ranks of tensor parallelism; others split their output."""
 
 KEY_VALUE = (".k_proj", ".v_proj")
-SPLIT = ("weight_packed", "weight_scale", "weight_zero_point")
+COMPRESSED_TENSORS = FORMATS["compressed-tensors"]
 
 CPU_TILE = 32
 """Inputs and outputs of a 4-bit linear in vLLM's CPU kernel (`mixed_precision/cpu.py`)."""
@@ -31,9 +32,14 @@ CPU_TILE = 32
 Chosen = Sequence[tuple[TensorInfo, Rule]]
 
 
-def check_tensor_parallel(checkpoint: Checkpoint, chosen: Chosen, size: int) -> list[Finding]:
+def check_tensor_parallel(
+    checkpoint: Checkpoint,
+    chosen: Chosen,
+    size: int,
+    stored: ArtifactFormat = COMPRESSED_TENSORS,
+) -> list[Finding]:
     """One finding for a size that some tensor does not split over."""
-    faults = parallel_faults(checkpoint, chosen, size)
+    faults = parallel_faults(checkpoint, chosen, size, stored)
     if not faults:
         return []
     more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -45,7 +51,12 @@ def check_tensor_parallel(checkpoint: Checkpoint, chosen: Chosen, size: int) -> 
     ]
 
 
-def parallel_faults(checkpoint: Checkpoint, chosen: Chosen, size: int) -> list[str]:
+def parallel_faults(
+    checkpoint: Checkpoint,
+    chosen: Chosen,
+    size: int,
+    stored: ArtifactFormat = COMPRESSED_TENSORS,
+) -> list[str]:
     """What does not split evenly over `size` GPUs: heads, inputs, outputs, packed tensors."""
     if size == 1:
         return []
@@ -59,7 +70,7 @@ def parallel_faults(checkpoint: Checkpoint, chosen: Chosen, size: int) -> list[s
     for info, rule in chosen:
         if LAYER.search(info.name):
             whole = _linear_fault(info, rule.form, size)
-            faults += [whole] if whole else _packed_faults(info, rule.form, size, kv_heads)
+            faults += [whole] if whole else _packed_faults(info, rule.form, size, kv_heads, stored)
     return faults
 
 
@@ -89,7 +100,7 @@ def share(info: TensorInfo, size: int, kv_heads: int | None) -> tuple[int, int]:
 
 
 def _packed_faults(
-    info: TensorInfo, form: WeightFormat, size: int, kv_heads: int | None
+    info: TensorInfo, form: WeightFormat, size: int, kv_heads: int | None, stored: ArtifactFormat
 ) -> Iterator[str]:
     """Packed tensors, scales and zero points of which a GPU's share is no whole number of words.
 
@@ -101,19 +112,20 @@ def _packed_faults(
         return
     axis = 0 if part[0] != info.shape[0] else 1
     pieces = info.shape[axis] // part[axis]
-    whole, parts = form.layout(info.shape, "BF16"), form.layout(part, "BF16")
-    for name in SPLIT:
+    whole, parts = stored.layout(form, info.shape, "BF16"), stored.layout(form, part, "BF16")
+    along = 1 - axis if stored.TRANSPOSED else axis
+    for name in stored.SPLIT:
         if name not in whole:
             continue
         shape, mine = whole[name][1], parts[name][1]
         repeated = len(shape) < 2 or (axis == 1 and form.strategy == "channel")
-        if name != "weight_packed" and repeated:
+        if name != stored.SPLIT[0] and repeated:
             continue  # every GPU has all of it
-        if shape[axis] != pieces * mine[axis]:
+        if shape[along] != pieces * mine[along]:
             where = ("outputs", "inputs")[axis]
             yield (
                 f"{module_name(info.name)}.{name} {list(shape)}: {part[axis]} {where} for each GPU "
-                f"are no whole number of its entries along dimension {axis}"
+                f"are no whole number of its entries along dimension {along}"
             )
 
 

@@ -17,6 +17,7 @@ from quantize.stages import (
     card,
     compare,
     compress,
+    convert,
     fetch,
     measure,
     publish,
@@ -32,6 +33,7 @@ STAGES: dict[str, Stage] = {
         ("calibrate", calibrate),
         ("compress", compress),
         ("adopt", adopt),
+        ("convert", convert),
         ("audit", audit),
         ("measure", measure),
         ("compare", compare),
@@ -112,21 +114,25 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     if recipe.calibrates:
         graph.append(("calibrate", "calibrate", fetched | apart))
         calibrated = {"calibrate": "calibrate"}
-    if recipe.quantize.artifact is None:
-        graph.append(("compress", "compress", fetched | calibrated))
-    else:
+    if recipe.quantize.artifact is not None:
         graph.append(("adopt", "adopt", fetched))
-    result = graph[-1][0]
+    else:
+        graph.append(("compress", "compress", fetched | calibrated))
+    if recipe.quantize.repacks:
+        graph.append(("convert", "convert", fetched | {"compress": "compress"}))
+    result = result_stage(resolved)
     made = fetched | {"compress": result} | apart
     graph.append(("audit", "audit", made))
     made = made | {"audit": "audit"}
     measured: dict[str, str] = {}
     if resolved.suite is not None:
-        graph += _measurements(resolved, result)
+        graph += _measurements(resolved)
         measured = {ROLES[name]: name for name, kind, _ in graph if kind == "measure"}
         graph.append(("compare", "compare", made | calibrated | measured))
         sides = ("baseline", "candidate")
         measured = {role: measured[role] for role in sides} | {"compare": "compare"}
+    if recipe.quantize.repacks:  # the card tells of what the format was repacked from, too
+        made = made | {"quantized": "compress"}
     graph.append(("card", "card", made | calibrated | measured))
     if recipe.publish.wanted:
         # It reads no comparison, but nothing is published whose gates cannot be asked.
@@ -136,23 +142,28 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     return graph
 
 
+def result_stage(resolved: Resolved) -> str:
+    """The stage whose artifact is what users get; others read it in the role `compress`."""
+    quantize = resolved.recipe.quantize
+    if quantize.artifact is not None:
+        return "adopt"
+    return "convert" if quantize.repacks else "compress"
+
+
 def _apart(resolved: Resolved) -> dict[str, str]:
     """Role and stage of an adapter that is not merged; the quantized base does not depend on it."""
     keeps = resolved.recipe.model.keeps_adapter
     return {"adapter": adapter.FETCH_ADAPTER} if keeps else {}
 
 
-def _measurements(resolved: Resolved, result: str) -> list[tuple[str, str, dict[str, str]]]:
-    """Baseline and candidate; the baseline again for its noise; the base for retention.
-
-    `result` is the stage that makes the candidate.
-    """
+def _measurements(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
+    """Baseline and candidate; the baseline again for its noise; the base for retention."""
     evaluate = resolved.recipe.evaluate
     assert evaluate is not None, "a suite comes from an evaluate block"
     served = {"fetch": "fetch", "model": "fetch"} | _apart(resolved)
     graph = [
         ("measure-baseline", "measure", served),
-        ("measure-candidate", "measure", served | {"model": result}),
+        ("measure-candidate", "measure", served | {"model": result_stage(resolved)}),
     ]
     if measure.unservable(resolved):
         return graph  # there is nothing to hold them against

@@ -14,7 +14,7 @@ from quantize.stages.base import Resolved
 from quantize.targets import Hub
 
 ALL = frozenset(
-    {"fetch", "adapter", "calibrate", "compress", "adopt", "measure", "card", "publish"}
+    {"fetch", "adapter", "calibrate", "compress", "adopt", "convert", "measure", "card", "publish"}
 )
 
 

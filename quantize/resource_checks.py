@@ -38,6 +38,7 @@ CHECKED = {
     "calibrate": ("calibrate",),
     "compress": ("compress",),
     "adopt": ("adopt",),
+    "convert": ("convert",),
     "measure": ("measure-baseline", "measure-candidate"),
 }
 """Kind of a stage → the stages of that kind that need the most."""
@@ -82,7 +83,8 @@ def check_resources(
     if BASE in to_run and "fetch" not in downloads:
         stages.append((BASE, "fetch"))
     absent = {"adopt" if recipe.quantize.artifact is None else "compress"}
-    absent |= {"measure"} if recipe.evaluate is None else set()
+    absent |= set() if recipe.quantize.repacks else {"convert"}
+    absent |= set() if recipe.evaluate is not None else {"measure"}
     stages = [(name, kind) for name, kind in stages if kind not in absent]
     if not stages:
         return []

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from quantize.checkpoint import model_folder, read_checkpoint
+from quantize.engines import ENGINES
 from quantize.errors import QuantizeError
 from quantize.plan import StageEntry
 from quantize.source_checks import promised_bytes
@@ -19,8 +20,8 @@ def room_needed(
 ) -> int | None:
     """Bytes that the stage's result takes, less what is staged already; None if it is not known.
 
-    Compress: the tensors that the scheme promises. Publish: what is copied. A merge: the weights in
-    BF16. Of other stages nothing is known beforehand; what they write is small.
+    Compress and convert: the tensors that the scheme promises. Publish: what is copied. A merge:
+    the weights in BF16. Of other stages nothing is known beforehand; what they write is small.
     """
     whole: int | None = None
     with suppress(QuantizeError, OSError, KeyError):
@@ -34,11 +35,14 @@ def room_needed(
 
 
 def _whole(entry: StageEntry, resolved: Resolved, artifacts: Mapping[str, Artifact]) -> int | None:
-    if entry.kind in ("compress", "adopt"):
-        source = read_checkpoint(model_folder(artifacts["fetch"]))
-        return promised_bytes(source, resolved.recipe)
+    if entry.kind in ("compress", "adopt", "convert"):
+        source, recipe = read_checkpoint(model_folder(artifacts["fetch"])), resolved.recipe
+        own = ENGINES[recipe.quantize.engine].FORMAT
+        return promised_bytes(source, recipe, own if entry.kind == "compress" else None)
     if entry.kind == "publish" and resolved.recipe.publish.folder is not None:
-        return artifacts["compress"].manifest.total_bytes + artifacts["card"].manifest.total_bytes
+        made = (artifacts.get(stage) for stage in ("convert", "adopt", "compress"))
+        result = next(artifact for artifact in made if artifact is not None)
+        return result.manifest.total_bytes + artifacts["card"].manifest.total_bytes
     if entry.kind == "fetch" and resolved.recipe.model.merges and "model" in resolved.paths:
         return 2 * read_checkpoint(resolved.paths["model"]).parameters
     return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quantize.artifact_formats import ArtifactFormat, format_of
 from quantize.checkpoint import Checkpoint, examine
 from quantize.findings import Finding
 from quantize.formats import (
@@ -79,6 +80,7 @@ def check_schemes(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
         infos = [info for info, theirs in chosen if theirs is rule]
         findings += _check_groups(infos, rule)
         findings += _check_blocks(infos, rule.form)
+    findings += _check_stored(checkpoint, format_of(recipe.quantize.effective_format), chosen)
     return findings + _check_units(checkpoint, formats)
 
 
@@ -86,7 +88,8 @@ def check_parallel(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
     """Every size that the checkpoint is measured or to be served with."""
     chosen = chosen_weights(checkpoint, recipe.quantize)
     sizes = sorted({recipe.serve.tensor_parallel_size, *recipe.serve.tensor_parallel_sizes})
-    return [found for n in sizes for found in check_tensor_parallel(checkpoint, chosen, n)]
+    stored = format_of(recipe.quantize.effective_format)
+    return [found for n in sizes for found in check_tensor_parallel(checkpoint, chosen, n, stored)]
 
 
 def chosen_weights(checkpoint: Checkpoint, quantize: Quantize) -> list[tuple[TensorInfo, Rule]]:
@@ -94,11 +97,15 @@ def chosen_weights(checkpoint: Checkpoint, quantize: Quantize) -> list[tuple[Ten
     return _chosen(checkpoint, module_formats(quantize))
 
 
-def promised_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """Bytes of the artifact's tensors: quantized ones by their format, the others as they are."""
+def promised_bytes(checkpoint: Checkpoint, recipe: Recipe, stored: str | None = None) -> int:
+    """Bytes of the artifact's tensors: quantized ones by their format, the others as they are.
+
+    `stored`: name of a format; that which the recipe wants if absent.
+    """
+    layout = format_of(stored or recipe.quantize.effective_format).layout
     chosen = {i.name: r.form for i, r in _chosen(checkpoint, module_formats(recipe.quantize))}
     return sum(
-        layout_bytes(chosen[name].layout(info.shape, "BF16")) if name in chosen else info.bytes
+        layout_bytes(layout(chosen[name], info.shape, "BF16")) if name in chosen else info.bytes
         for name, info in checkpoint.tensors.items()
     )
 
@@ -177,6 +184,31 @@ def _check_blocks(chosen: Sequence[TensorInfo], form: WeightFormat) -> list[Find
     ]
 
 
+def _check_stored(
+    checkpoint: Checkpoint,
+    stored: ArtifactFormat,
+    chosen: Sequence[tuple[TensorInfo, Rule]],
+) -> list[Finding]:
+    """Shapes and names that the artifact's format cannot express."""
+    misfits: dict[str, list[TensorInfo]] = {}
+    for info, rule in chosen:
+        why = stored.cannot_store(rule.form, info.shape)
+        if why is not None:
+            misfits.setdefault(why, []).append(info)
+    hint = "add these modules to quantize.ignore, or take format compressed-tensors"
+    findings = [
+        Finding(f"format {stored.NAME} cannot hold {_named(infos)}: {why}", hint)
+        for why, infos in misfits.items()
+    ]
+    quantized = [module_name(info.name) for info, _ in chosen]
+    linears = [module_name(info.name) for info in checkpoint.linears()]
+    kept = sorted(set(linears) - set(quantized), key=linears.index)
+    if (why := stored.cannot_name(quantized, kept)) is not None:
+        hint = "change quantize.ignore, or take format compressed-tensors"
+        findings.append(Finding(f"format {stored.NAME} cannot hold {why}", hint))
+    return findings
+
+
 def _check_units(checkpoint: Checkpoint, formats: ModuleFormats) -> list[Finding]:
     """Linears that are served as one matrix have one format, or none of them has any."""
     units: dict[str, dict[str, WeightFormat | None]] = {}
@@ -213,8 +245,10 @@ def tensor_parallel_faults(
 
     Without a `quantize` block, of the checkpoint in BF16: its heads.
     """
-    chosen = [] if quantize is None else chosen_weights(checkpoint, quantize)
-    return parallel_faults(checkpoint, chosen, size)
+    if quantize is None:
+        return parallel_faults(checkpoint, [], size)
+    stored = format_of(quantize.effective_format)
+    return parallel_faults(checkpoint, chosen_weights(checkpoint, quantize), size, stored)
 
 
 def check_lengths(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:

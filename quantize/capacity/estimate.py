@@ -20,6 +20,7 @@ from quantize.capacity.serving import (
 from quantize.capacity.streaming import IMPORTS_BYTES, Run, device_peak, host_peak
 from quantize.checkpoint import EMBEDDING, LAYER, Checkpoint
 from quantize.engine.support import why_not
+from quantize.engines import ENGINES
 from quantize.formats import module_formats
 from quantize.modules import module_name
 from quantize.recipe import Quantize, Recipe
@@ -137,6 +138,8 @@ def stage_needs(
             case "adopt":
                 artifact = Part("the adopted checkpoint", promised_bytes(checkpoint, recipe))
                 one = Needs(stage, kind, _core("copying"), None, 0, (artifact,))
+            case "convert":
+                one = _convert(checkpoint, recipe, stage)
             case "measure":
                 one = _measure(checkpoint, recipe, stage, device, unpacks)
             case _:
@@ -184,7 +187,8 @@ def _calibrate(recipe: Recipe, stage: str, kind: str) -> Needs:
 
 def _compress(checkpoint: Checkpoint, recipe: Recipe, stage: str, device: str) -> Needs:
     model, run = decoder(checkpoint, recipe.quantize), engine_run(recipe, device)
-    artifact = Part("the quantized checkpoint", promised_bytes(checkpoint, recipe))
+    written = ENGINES[recipe.quantize.engine].FORMAT
+    artifact = Part("the quantized checkpoint", promised_bytes(checkpoint, recipe, written))
     if not streams(checkpoint, recipe.quantize):
         on_device = None if device == "cpu" else _whole_on_device(model, run)
         host = _whole(checkpoint, model, run)
@@ -196,6 +200,12 @@ def _compress(checkpoint: Checkpoint, recipe: Recipe, stage: str, device: str) -
     peak = device_peak(model, run)
     on_device = Peak(peak.when, (*peak.parts, _driver()))
     return Needs(stage, "compress", host_peak(model, run), on_device, 1, disk)
+
+
+def _convert(checkpoint: Checkpoint, recipe: Recipe, stage: str) -> Needs:
+    """Weights are repacked a block at a time, and written beside those that they are made from."""
+    artifact = Part("the repacked checkpoint", promised_bytes(checkpoint, recipe))
+    return Needs(stage, "convert", _core("repacking"), None, 0, (artifact,))
 
 
 def _driver() -> Part:

@@ -156,6 +156,16 @@ def test_memory_does_not_grow_with_depth_but_with_the_vocabulary() -> None:
     assert peak(4, 10**9, 4) == peak(4, 10**9) + 2 * 10**9  # pages of a file in FP32
 
 
+def test_another_format_is_written_beside_the_first() -> None:
+    given, checkpoint = recipe("quantize.format=awq"), llama_70b.checkpoint()
+    (first,) = stage_needs(checkpoint, given, "cuda", [("compress", "compress")])
+    assert first.disk_bytes == needs(recipe())["compress"].disk_bytes
+    (second,) = stage_needs(checkpoint, given, "cuda", [("convert", "convert")])
+    assert second.disk_bytes == promised_bytes(checkpoint, given, "awq")
+    assert (second.device, second.gpus) == (None, 0)
+    assert second.host.bytes < 10**9  # blocks of weights, whatever the checkpoint
+
+
 def test_disk_of_every_stage() -> None:
     found = {stage: one.disk_bytes for stage, one in needs(recipe(), downloads=["fetch"]).items()}
     tokens, _ = calibration_tokens(recipe())

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from checkpoints import llama_config, llama_tensors, recipe, write_checkpoint
 
+from quantize.artifact_formats import FORMATS
 from quantize.checkpoint import Checkpoint, read_checkpoint
 from quantize.parallel_checks import cpu_kernel_findings, parallel_faults
 from quantize.source_checks import chosen_weights
@@ -38,6 +39,26 @@ def test_zero_points_of_outputs_are_packed_in_eights() -> None:
     assert "mlp.up_proj.weight_zero_point [3, 2]: 12 outputs for each GPU" in faults(up, 2, ASYM)
     assert faults(up, 3, ASYM) == ""
     assert faults(up, 2, SYM) == ""  # there are none
+
+
+def stored_faults(name: str, shapes: dict[str, tuple[int, int]], size: int, quantize: dict) -> str:
+    made = checkpoint(shapes)
+    chosen = chosen_weights(made, recipe(quantize=quantize).quantize)
+    return "; ".join(parallel_faults(made, chosen, size, FORMATS[name]))
+
+
+def test_other_formats_pack_along_other_dimensions() -> None:
+    up, down = {"mlp.up_proj": (24, 64)}, {"mlp.down_proj": (64, 24)}
+    found = stored_faults("awq", up, 2, ASYM)
+    assert "mlp.up_proj.qweight [64, 3]: 12 outputs for each GPU" in found
+    assert "along dimension 1" in found
+    assert stored_faults("awq", up, 3, ASYM) == ""
+    channel = {"method": "gptq", "group_size": "channel"}
+    found = stored_faults("gptq", down, 2, channel)
+    assert "mlp.down_proj.qweight [3, 64]: 12 inputs for each GPU" in found
+    assert "scales" not in found
+    assert stored_faults("awq", down, 2, channel) == ""  # an input is a row there
+    assert stored_faults("gptq", {"mlp.up_proj": (24, 64)}, 2, SYM) != ""  # its zero points
 
 
 def test_inputs_of_a_channel_are_packed_in_eights() -> None:

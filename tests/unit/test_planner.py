@@ -241,6 +241,26 @@ def test_shipped_recipes_plan_completely(name: str, tiny: Tiny) -> None:
 # --- which stages --------------------------------------------------------------------------------
 
 
+def test_another_format_is_one_stage_more_and_no_new_compress(tiny: Tiny) -> None:
+    plain, awq = plan(tiny(), locks), plan(tiny("quantize.format=awq"), locks)
+    assert [name for name in ids(awq) if name not in ids(plain)] == ["convert"]
+    assert ids(awq).index("convert") == ids(awq).index("compress") + 1
+    assert awq.stage("convert").inputs == {"fetch": "fetch", "compress": "compress"}
+    assert awq.stage("measure-candidate").inputs["model"] == "convert"
+    for name in ("audit", "compare", "card", "publish"):
+        assert awq.stage(name).inputs["compress"] == "convert", name
+    assert awq.stage("card").inputs["quantized"] == "compress"  # whose environment made it
+    differ = {name for name, key in keys(plain).items() if keys(awq)[name] != key}
+    assert differ == COMPRESSED - {"compress"}
+    assert awq.stage("audit").key_inputs["with"]["format"] == "awq"
+    assert "format" not in plain.stage("audit").key_inputs["with"]
+    named = plan(tiny("quantize.format=compressed-tensors"), locks)
+    assert {name for name, key in keys(plain).items() if keys(named)[name] != key} <= CARD
+    gptq = plan(tiny("quantize.format=gptq"), locks)
+    assert keys(gptq)["compress"] == keys(awq)["compress"]
+    assert keys(gptq)["convert"] != keys(awq)["convert"]
+
+
 def write_recipe(folder: Path, *blocks: str) -> Path:
     path = folder / "recipe.yaml"
     head = ["version: 1", "name: mine", "model: {source: examples/tiny_llama/instruct}"]

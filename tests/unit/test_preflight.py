@@ -30,7 +30,12 @@ from quantize.errors import (
     UsageError,
 )
 from quantize.recipe import Recipe
-from quantize.source_checks import check_checkpoint, check_source, promised_bytes
+from quantize.source_checks import (
+    check_checkpoint,
+    check_schemes,
+    check_source,
+    promised_bytes,
+)
 from quantize.stages.base import Resolved
 from quantize.suite import Load, PerplexityText, Suite
 from quantize.workers import rows
@@ -383,6 +388,44 @@ def test_what_an_artifact_takes(tmp_path: Path) -> None:
     linears = sum(info.elements for info in checkpoint.layer_linears())
     kept = checkpoint.weight_bytes - 2 * linears
     assert promised_bytes(checkpoint, fp8) == kept + linears + 14 * 2 * 2  # two BF16 scales each
+
+
+def test_what_an_artifact_takes_in_another_format(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path))
+    plain = {"method": "gptq", "group_size": 32}
+    ours = promised_bytes(checkpoint, recipe(quantize=plain))
+    linears = checkpoint.layer_linears()
+    zeros = sum(info.elements // 32 // 2 for info in linears)  # 4 bits for each group
+    shapes = 16 * len(linears)  # compressed-tensors' weight_shape
+    asked = recipe(quantize=plain | {"format": "awq"})
+    assert promised_bytes(checkpoint, asked) == ours + zeros - shapes
+    assert promised_bytes(checkpoint, asked, "compressed-tensors") == ours
+    asked = recipe(quantize=plain | {"format": "gptq"})
+    g_idx = sum(4 * info.shape[1] for info in linears)
+    assert promised_bytes(checkpoint, asked) == ours + zeros + g_idx - shapes
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"format": "awq", "ignore": []}, "format awq cannot hold a quantized lm_head"),
+        (
+            {"format": "awq", "ignore": ["lm_head", "model.layers.0.mlp.gate"]},
+            "model.layers.0.mlp.gate left out while model.layers.0.mlp.gate_proj is quantized",
+        ),
+        ({"format": "awq"}, "odd_proj.weight [12, 128]: 12 outputs are no multiple of 8"),
+        ({"format": "gptq"}, "odd_proj.weight [12, 128]: 12 outputs are no multiple of 8"),
+    ],
+)
+def test_what_a_format_cannot_hold(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    tensors = llama_tensors()
+    tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"]
+    dtype, values = tensors["model.layers.0.self_attn.k_proj.weight"]
+    tensors["model.layers.0.mlp.odd_proj.weight"] = (dtype, values[:12])
+    folder = write_checkpoint(tmp_path, tensors)
+    asked = recipe(quantize={"method": "awq", "group_size": 32} | keys)
+    said = [finding.message for finding in check_schemes(read_checkpoint(folder), asked)]
+    assert any(message in one for one in said), said
 
 
 def test_what_a_mixed_artifact_takes(tmp_path: Path) -> None:

@@ -68,6 +68,20 @@ def test_compress_needs_what_the_scheme_promises_less_what_is_there(
     assert room_needed(entry("compress"), RESOLVED, store, artifacts) == promised - 3000
 
 
+def test_convert_needs_what_the_other_format_takes(
+    tmp_path: Path, artifacts: dict[str, Artifact]
+) -> None:
+    from quantize.checkpoint import read_checkpoint
+
+    recipe = Recipe.model_validate(VALUES | {"quantize": {"method": "rtn", "format": "gptq"}})
+    resolved, store = Resolved(recipe, Path(), "cpu", {}), Store(tmp_path / "store")
+    source = read_checkpoint(SOURCE)
+    ours = promised_bytes(source, recipe, "compressed-tensors")
+    assert room_needed(entry("compress"), resolved, store, artifacts) == ours
+    after = promised_bytes(source, recipe, "gptq")
+    assert room_needed(entry("convert"), resolved, store, artifacts) == after != ours
+
+
 def test_publish_needs_what_is_copied(tmp_path: Path, artifacts: dict[str, Artifact]) -> None:
     assert room_needed(entry("publish"), RESOLVED, Store(tmp_path), artifacts) == 4500
 
