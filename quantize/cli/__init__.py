@@ -21,16 +21,7 @@ def main() -> None:
 
 
 for command in (
-    *(
-        recipes.run,
-        recipes.measure,
-        recipes.plan,
-        recipes.check,
-        recipes.search,
-        recipes.schema,
-        recipes.init,
-    ),
-    *(results.report, results.compare, results.verify, results.card),
+    *(results.report, results.compare, results.convert, results.verify, results.card),
     *(upkeep.setup, upkeep.env, upkeep.store),
 ):
     main.add_command(command)

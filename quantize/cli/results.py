@@ -1,4 +1,4 @@
-"""Commands on what a run made: report, verify, card."""
+"""Commands on what a run made: report, verify, card, convert."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import click
 from quantize.cli.base import JSON, STORE
 from quantize.errors import SourceError
 from quantize.stop import handle_signals
+
+STORED_FORMATS = ("compressed-tensors", "awq", "gptq")
+"""As `quantize.artifact_formats.FORMATS`, which `--help` need not import."""
 
 
 @click.command()
@@ -173,3 +176,58 @@ def card(
         return
     previewing.write(text, output, force=force)
     click.echo(f"wrote {output}")
+
+
+@click.command()
+@click.argument("artifact")
+@click.option(
+    "--format",
+    "name",
+    required=True,
+    type=click.Choice(STORED_FORMATS),
+    help="How the weights are stored afterwards.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The folder  [default: ARTIFACT's name and the format]",
+)
+@click.option("--force", is_flag=True, help="Replace a checkpoint in OUTPUT.")
+@STORE
+@JSON
+def convert(
+    artifact: str,
+    name: str,
+    output: Path | None,
+    force: bool,
+    store_folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the quantized checkpoint ARTIFACT in another format, without quantizing it again.
+
+    ARTIFACT is a folder (ours, AutoAWQ's, GPTQModel's), or a recipe whose result is in the store.
+    Dequantized weights stay equal bit by bit; what the format cannot hold is refused.
+    """
+    with handle_signals():
+        from dataclasses import asdict
+
+        from quantize.converting import convert as write
+        from quantize.converting import find_artifact
+        from quantize.progress import Progress
+        from quantize.session import choose_view, open_store
+
+        found = find_artifact(artifact, open_store(store_folder))
+        progress = Progress(choose_view(as_json, click.echo))
+
+        def report(done: int, total: int) -> None:
+            progress.step("repacking the weights", done / 1e9, total / 1e9, "GB")
+
+        try:
+            target, done = write(found, name, output, report, force=force)
+        finally:
+            progress.close()
+    if as_json:
+        click.echo(json.dumps({"folder": str(target), **asdict(done)}, indent=1))
+    else:
+        click.echo(f"wrote {target}: {done.modules} modules, {done.before} to {done.after}")
