@@ -21,6 +21,8 @@ def main() -> None:
 
 
 for command in (
+    *(recipes.run, recipes.measure, recipes.plan, recipes.check, recipes.search),
+    *(recipes.schema, recipes.init),
     *(results.report, results.compare, results.convert, results.verify, results.card),
     *(upkeep.setup, upkeep.env, upkeep.store),
 ):

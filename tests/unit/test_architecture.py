@@ -53,14 +53,18 @@ def listed() -> list[str]:
     return [name for name in names if "*" not in name]
 
 
+TABLES = {"engines", "artifact_formats", "servers"}
+"""Packages whose own module is a table of their modules."""
+
+
 def is_in_the_table(name: str) -> bool:
-    parts = ("engine", "workers", "report.page", "report.paired")
-    return bool(name) and name != "__main__" and not name.startswith(parts)
+    parts = ("engine.", "workers", "report.page", "report.paired")
+    return bool(name) and name not in ("__main__", "engine") and not name.startswith(parts)
 
 
 def test_every_module_stands_in_the_table_once() -> None:
     packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
-    needed = {name for name in MODULES if is_in_the_table(name)} - packages | {"servers"}
+    needed = {name for name in MODULES if is_in_the_table(name)} - packages | TABLES
     names = listed()
     assert len(names) == len(set(names))
     assert set(names) - {"engine.support"} == needed
