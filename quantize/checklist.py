@@ -19,6 +19,7 @@ from quantize.adapter_checks import check_adapter
 from quantize.calibration_checks import check_calibration, has_messages
 from quantize.checkpoint import Checkpoint, examine
 from quantize.engine.support import why_not
+from quantize.engine_checks import check_engine
 from quantize.environment_checks import check_environments, check_loopback, check_server
 from quantize.environments import Environments
 from quantize.errors import QuantizeError
@@ -189,6 +190,11 @@ def on_schemes(now: Situation, checkpoint: Checkpoint) -> Told:
     return told
 
 
+def on_engine(now: Situation, checkpoint: Checkpoint) -> Told:
+    """Whether the engine that the recipe names takes this config and these shapes."""
+    return Told(check_engine(checkpoint, now.resolved.recipe))
+
+
 def on_parallel(now: Situation, checkpoint: Checkpoint) -> Told:
     """Heads, inputs, outputs and packed tensors over every size; the CPU kernel's tiles."""
     resolved = now.resolved
@@ -329,6 +335,7 @@ CHECKS: tuple[Check, ...] = (
     Check("tokenizer", _with_checkpoint(on_tokenizer)),
     Check("chat template", _with_checkpoint(on_template)),
     Check("schemes and groups", _with_checkpoint(on_schemes)),
+    Check("engine", _with_checkpoint(on_engine)),
     Check("tensor parallelism", _with_checkpoint(on_parallel)),
     Check("lengths", _with_checkpoint(on_lengths)),
     Check("adapter", on_adapter),

@@ -17,6 +17,10 @@ from quantize.process import Process
 SIZES_GB = {
     ("llmcompressor", "cpu"): 2,
     ("llmcompressor", "cuda"): 8,
+    ("autoawq", "cpu"): 2,
+    ("autoawq", "cuda"): 8,
+    ("gptqmodel", "cpu"): 2,
+    ("gptqmodel", "cuda"): 8,
     ("vllm", "cpu"): 3,
     ("vllm", "cuda"): 12,
     ("lmeval", "cpu"): 1,

@@ -51,6 +51,18 @@ ENVIRONMENTS: dict[str, Environment] = {
         {"cpu": "llmcompressor.cpu.lock", "cuda": "llmcompressor.cuda.lock"},
         imports=("torch", "llmcompressor", "peft"),
     ),
+    "autoawq": Environment(
+        "autoawq",
+        "quantizes: AutoAWQ, with the transformers that it was last tested with",
+        {"cpu": "autoawq.cpu.lock", "cuda": "autoawq.cuda.lock"},
+        imports=("torch", "awq"),
+    ),
+    "gptqmodel": Environment(
+        "gptqmodel",
+        "quantizes: GPTQModel",
+        {"cpu": "gptqmodel.cpu.lock", "cuda": "gptqmodel.cuda.lock"},
+        imports=("torch", "gptqmodel"),
+    ),
     "vllm": Environment(
         "vllm",
         "serves: vLLM",

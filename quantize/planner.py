@@ -57,7 +57,7 @@ def plan(resolved: Resolved, lock_digest: Callable[[str], str]) -> Plan:
     entries: dict[str, StageEntry] = {}
     for stage_id, kind, inputs in _graph(resolved):
         entries[stage_id] = _entry(stage_id, kind, inputs, entries, resolved, lock_digest)
-    notes = []
+    notes = [*resolved.recipe.quantize.notices]
     if "measure-candidate" in entries and (reason := measure.unservable(resolved)):
         notes.append(f"measure-candidate: the result is not served here: {reason}")
     if "measure-candidate" in entries and (reason := measure.unpacks_because(resolved)):

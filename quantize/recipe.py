@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -126,10 +127,6 @@ def _is_a_card(name: str) -> str:
     if find_card(name) is None:
         raise ValueError(f"no card {name!r} in the table: name one of {known_names()}")
     return name
-
-
-def _todays_name(engine: str) -> str:
-    return OLD_NAMES.get(engine, engine)
 
 
 GroupSize = Annotated[PositiveInt | Literal["channel"], WrapValidator(_whole_or_channel)]
@@ -256,7 +253,7 @@ class Quantize(Block):
     kv_cache: Literal["fp8"] | None = Field(
         None, description="fp8: calibrate static scales, so that servers may keep the cache in FP8."
     )
-    engine: Annotated[EngineName, AfterValidator(_todays_name)] = Field(
+    engine: EngineName = Field(
         None,  # type: ignore[arg-type]  # likewise
         description="Who quantizes: stream holds one layer in memory and resumes, and leaves "
         "architectures that it does not know to llmcompressor. Methods that only one engine has "
@@ -281,6 +278,7 @@ class Quantize(Block):
     activation_order: Literal["static", "weight", "none"] = Field(
         "static", description="GPTQ: the order in which columns are quantized."
     )
+    _old_engine_name: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _fill_in(self) -> Quantize:
@@ -291,6 +289,9 @@ class Quantize(Block):
             if self.format != "gguf":
                 raise ValueError("method is missing: name awq, gptq, fp8, ...")
             object.__setattr__(self, "method", "gguf")
+        if self.engine in OLD_NAMES:
+            self._old_engine_name = self.engine
+            object.__setattr__(self, "engine", OLD_NAMES[self.engine])
         if self.engine is None:
             engine = "elsewhere" if self.artifact else default_engine(self.method)
             object.__setattr__(self, "engine", engine)
@@ -330,6 +331,16 @@ class Quantize(Block):
         if stored is not None and (part := stored.cannot_hold(self)) is not None:
             raise ValueError(f"format {self.effective_format} cannot hold {part}")
         return self
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What is accepted, but better written in another way."""
+        if self._old_engine_name is None:
+            return ()
+        return (
+            f"quantize.engine: {self._old_engine_name} is the old name of GPTQModel's engine; "
+            f"write {self.engine}",
+        )
 
     @property
     def effective_scheme(self) -> str:

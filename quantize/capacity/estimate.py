@@ -191,7 +191,7 @@ def _compress(checkpoint: Checkpoint, recipe: Recipe, stage: str, device: str) -
     artifact = Part("the quantized checkpoint", promised_bytes(checkpoint, recipe, written))
     if not streams(checkpoint, recipe.quantize):
         on_device = None if device == "cpu" else _whole_on_device(model, run)
-        host = _whole(checkpoint, model, run)
+        host = _whole(checkpoint, model, run, WIDTHS.get((recipe.quantize.engine, device), BF16))
         return Needs(stage, "compress", host, on_device, int(device == "cuda"), (artifact,))
     between = Part("hidden states between two layers", 2 * BF16 * run.tokens * model.hidden)
     disk = (artifact, between) if run.tokens else (artifact,)
@@ -212,16 +212,20 @@ def _driver() -> Part:
     return Part("the driver's context", DRIVER_BYTES, spare=True)
 
 
-def _whole(checkpoint: Checkpoint, model: Decoder, run: Run) -> Peak:
-    """llm-compressor's oneshot: the whole model in BF16, and every sample's hidden states.
+WIDTHS = {("autoawq", "cpu"): FP32}
+"""Bytes of a parameter and of a hidden state where they are not BF16; see workers/autoawq.py."""
+
+
+def _whole(checkpoint: Checkpoint, model: Decoder, run: Run, width: int) -> Peak:
+    """llm-compressor's oneshot, and likewise: the whole model, and every sample's hidden states.
 
     A Hessian for each linear of a layer with GPTQ (on a CPU). AWQ keeps the inputs of what it
     searches, too: about four times the hidden states. Both rough; see bench/engine.md.
     """
-    states = BF16 * run.tokens * model.hidden
+    states = width * run.tokens * model.hidden
     hessians = FP32 * sum(linear.columns**2 for linear in model.linears) if run.gptq else 0
     kept = [
-        Part("the checkpoint", BF16 * checkpoint.parameters),
+        Part("the checkpoint", width * checkpoint.parameters),
         Part("hidden states", states * (5 if "awq" in run.method else 1), spare=True),
         Part("interpreter and libraries", IMPORTS_BYTES[run.device], spare=True),
     ]

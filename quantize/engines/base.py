@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """A module of this package with these names at its top level."""
+    """A module of this package with these names at its top level.
+
+    A module may also offer `cannot_hold(module, shape) -> str | None`: why it cannot quantize a
+    linear of this name and shape (out_features, in_features).
+    """
 
     NAME: str
     SAID: str  # what a card calls it

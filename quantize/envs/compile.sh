@@ -9,9 +9,11 @@ if [ -n "${PIP_FIND_LINKS:-}" ]; then
     backend=""
     for place in $PIP_FIND_LINKS; do backend="$backend --find-links $place"; done
 fi
-for name in llmcompressor vllm; do
+for name in llmcompressor vllm autoawq gptqmodel; do
+    override=""
+    if [ -e "$name.override.txt" ]; then override="--override $name.override.txt"; fi
     uv pip compile $common "make locks" --python-platform x86_64-manylinux_2_28 $backend \
-        --excludes excludes.txt "$name.cpu.in" --output-file "$name.cpu.lock"
+        --excludes excludes.txt $override "$name.cpu.in" --output-file "$name.cpu.lock"
     uv pip compile $common "make locks" --python-platform x86_64-manylinux_2_35 \
         "$name.cuda.in" --output-file "$name.cuda.lock"
 done

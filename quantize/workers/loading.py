@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from quantize.protocol import WorkerError
@@ -14,16 +15,24 @@ COMPUTED = (".rotary_emb.inv_freq", ".masked_bias")
 """Buffers that old checkpoints carry and every loader computes."""
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | str, *, code: bool = False) -> Any:
+DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+"""What the argument is called; 4.51, which AutoAWQ needs, does not know the newer name."""
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype | str, *, code: bool = False, config: Any = None
+) -> Any:
     """The checkpoint's model; a SourceError for a tensor too few, too many or of another shape.
 
     No download and no pickle, whatever the library's defaults are; Python of the checkpoint's only
-    with `code`, which the recipe pins.
+    with `code`, which the recipe pins. `config`: instead of the folder's.
     """
+    stated = {} if config is None else {"config": config}
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            **{DTYPE: dtype},
+            **stated,
             local_files_only=True,
             trust_remote_code=code,
             use_safetensors=True,
