@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from quantize.checkpoint import Checkpoint, card_metadata, read_checkpoint
 from quantize.errors import SourceError, UsageError
 from quantize.evaluation import DEFAULT_PERPLEXITY_RATIO, DEFAULT_RECOVERY
 from quantize.modules import module_name
-from quantize.recipe import DATA_FREE, DEFAULT_SCHEME, GROUPED, Method, Quantize
+from quantize.recipe import DATA_FREE, DEFAULT_SCHEME, GROUPED, MADE_HERE, Quantize
 from quantize.resources import find_checkpoint, shipped_root
 from quantize.tensors import TensorInfo
 from quantize.yaml_values import parse
@@ -59,10 +59,8 @@ def initial_recipe(source: str, method: str, name: str | None = None) -> str:
     model come from it. Nothing is fetched for a Hub repository; what must be looked at says so in a
     comment. Raises UsageError for an unknown method, SourceError for an unusable folder.
     """
-    if method not in get_args(Method):
-        raise UsageError(
-            f"there is no method {method!r}", f"choose one of {', '.join(get_args(Method))}"
-        )
+    if method not in MADE_HERE:
+        raise UsageError(f"there is no method {method!r}", f"choose one of {', '.join(MADE_HERE)}")
     folder = find_checkpoint(source, Path.cwd(), "SOURCE")
     grouped = DEFAULT_SCHEME[method] in GROUPED
     facts = _facts(folder, grouped) if folder is not None else _unknown(source, grouped)

@@ -8,7 +8,7 @@ tooltip. A lower layer never reads the file again.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -31,7 +31,6 @@ Method = Literal["awq", "gptq", "awq+gptq", "rtn", "fp8", "int8", "autoround", "
 EngineName = Literal[
     "stream",
     "llmcompressor",
-    "autoround",
     "autoawq",
     "gptqmodel",
     "llamacpp",
@@ -82,6 +81,9 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     for method, schemes in engine.METHODS.items()
 }
 """Which schemes a method can produce, best first, whatever the engine."""
+
+MADE_HERE = tuple(m for m in get_args(Method) if default_engine(m) != "elsewhere")
+"""Methods that an engine here has; others are those of artifacts that were quantized elsewhere."""
 
 GROUPED = frozenset({"W4A16", "W4A16_ASYM", "W8A16"})
 """Schemes whose scales are per group of input channels, of a size that the recipe may choose."""
@@ -236,7 +238,8 @@ class Quantize(Block):
 
     method: Method = Field(
         None,  # type: ignore[arg-type]  # filled in below, and never None after that
-        description="awq, gptq, awq+gptq, rtn (round to nearest), fp8, int8, autoround or gguf.",
+        description="awq, gptq, awq+gptq, rtn (round to nearest), fp8, int8 or gguf; "
+        "autoround of an artifact alone.",
     )
     scheme: Scheme | None = Field(None, description="Number formats; the method's best if absent.")
     group_size: GroupSize | None = Field(
@@ -294,6 +297,11 @@ class Quantize(Block):
             object.__setattr__(self, "engine", OLD_NAMES[self.engine])
         if self.engine is None:
             engine = "elsewhere" if self.artifact else default_engine(self.method)
+            if engine == "elsewhere" and self.artifact is None:
+                raise ValueError(
+                    f"no engine makes method {self.method}: it is for artifacts that were "
+                    "quantized elsewhere (quantize measure)"
+                )
             object.__setattr__(self, "engine", engine)
         if (self.engine == "elsewhere") != (self.artifact is not None):
             raise ValueError(

@@ -6,7 +6,6 @@ from typing import cast
 
 from quantize.engines import (
     autoawq,
-    autoround,
     elsewhere,
     gptqmodel,
     llamacpp,
@@ -18,7 +17,6 @@ from quantize.engines.base import Engine
 ENGINES: dict[str, Engine] = {
     "stream": cast(Engine, stream),
     "llmcompressor": cast(Engine, llmcompressor),
-    "autoround": cast(Engine, autoround),
     "autoawq": cast(Engine, autoawq),
     "gptqmodel": cast(Engine, gptqmodel),
     "llamacpp": cast(Engine, llamacpp),

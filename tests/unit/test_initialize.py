@@ -1,12 +1,12 @@
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from quantize.errors import SourceError, UsageError
 from quantize.initialize import initial_recipe, scalar
-from quantize.recipe import Method, Recipe
+from quantize.recipe import MADE_HERE, Recipe
 from quantize.recipe_file import load_recipe
 from quantize.resources import shipped_root
 from quantize.yaml_values import parse
@@ -69,7 +69,7 @@ def loaded(tmp_path: Path, text: str) -> Recipe:
     return load_recipe(path)
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", MADE_HERE)
 def test_every_method_gives_a_recipe_that_loads(tmp_path: Path, method: str) -> None:
     folder = checkpoint(tmp_path / "My Model (v2)")
     text = initial_recipe(str(folder), method)
@@ -81,7 +81,7 @@ def test_every_method_gives_a_recipe_that_loads(tmp_path: Path, method: str) -> 
     assert recipe.model.source == str(folder)
     assert recipe.model.base == "owner/base"
     assert (recipe.calibration is not None) == recipe.quantize.needs_calibration
-    grouped = method in ("awq", "gptq", "awq+gptq", "rtn", "autoround")
+    grouped = method in ("awq", "gptq", "awq+gptq", "rtn")
     assert recipe.quantize.group_size == (128 if grouped else None)
     assert recipe.serve.max_model_len == 1024
     assert recipe.serve.tensor_parallel_size == 1
@@ -143,7 +143,7 @@ def test_base_model_of_the_card(tmp_path: Path, base: str, expected: str | None)
     assert recipe.model.base == expected
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", MADE_HERE)
 def test_hub_repository(tmp_path: Path, method: str) -> None:
     recipe = loaded(tmp_path, initial_recipe("owner/Some_Model-8B", method))
     assert recipe.model.source == "owner/Some_Model-8B"
