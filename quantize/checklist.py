@@ -20,13 +20,14 @@ from quantize.calibration_checks import check_calibration, has_messages
 from quantize.checkpoint import Checkpoint, examine
 from quantize.engine.support import why_not
 from quantize.engine_checks import check_engine
-from quantize.environment_checks import check_environments, check_loopback, check_server
+from quantize.environment_checks import check_environments
 from quantize.environments import Environments
 from quantize.errors import QuantizeError
 from quantize.findings import Finding, Told, raise_findings
 from quantize.header_checks import check_headers, notes_on_dtypes, promises_of
 from quantize.parallel_checks import cpu_kernel_findings
 from quantize.resource_checks import check_resources
+from quantize.server_checks import check_serving
 from quantize.source_checks import (
     check_lengths,
     check_parallel,
@@ -199,7 +200,8 @@ def on_parallel(now: Situation, checkpoint: Checkpoint) -> Told:
     """Heads, inputs, outputs and packed tensors over every size; the CPU kernel's tiles."""
     resolved = now.resolved
     told = Told(check_parallel(checkpoint, resolved.recipe))
-    if resolved.suite is not None and resolved.accelerator == "cpu":
+    kernel = resolved.recipe.serve.engine == "vllm" and resolved.accelerator == "cpu"
+    if resolved.suite is not None and kernel:
         chosen = chosen_weights(checkpoint, resolved.recipe.quantize)
         size = resolved.recipe.serve.tensor_parallel_size
         told.findings += cpu_kernel_findings(checkpoint, chosen, size)
@@ -278,13 +280,16 @@ def on_environments(now: Situation) -> Told:
 
 
 def on_server(now: Situation) -> Told:
-    """A port on the loopback interface, and whether vLLM knows the architecture."""
+    """A port on the loopback interface, the server's program, or endpoints that are up."""
     if now.resolved.suite is None or "measure" not in now.to_run:
         return Told(skipped="nothing is served")
-    told = check_loopback()
-    if now.checkpoint is not None and now.environments is not None:
-        told.notes += check_server(now.environments, now.checkpoint.architecture)
-    return told
+    return check_serving(
+        now.resolved.recipe.serve,
+        now.resolved.accelerator,
+        now.checkpoint.architecture if now.checkpoint is not None else None,
+        now.environments,
+        online=now.online,
+    )
 
 
 def on_folder_target(now: Situation) -> Told:

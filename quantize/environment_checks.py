@@ -68,7 +68,9 @@ def check_environments(environments: Environments, names: Sequence[str]) -> Told
 
 def _problem(environments: Environments, name: str) -> str:
     """Why an installed environment cannot work, as far as seconds tell; an empty text."""
-    command = [str(environments.python(name)), "-P", "-c", MISSING, *ENVIRONMENTS[name].imports]
+    # one that nobody locks here is the user's, and is named after its package
+    imports = ENVIRONMENTS[name].imports if name in ENVIRONMENTS else (name,)
+    command = [str(environments.python(name)), "-P", "-c", MISSING, *imports]
     deadline = time.monotonic() + ANSWER_SECONDS
 
     def tick() -> None:

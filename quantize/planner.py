@@ -169,7 +169,7 @@ def _measurements(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
         return graph  # there is nothing to hold them against
     if evaluate.noise and not evaluate.quick:
         graph.append(("measure-repeat", "measure", served))
-    if measures_base(resolved.recipe, resolved.suite):
+    if measures_base(resolved.recipe, resolved.suite) and measure.asks_base(resolved):
         graph.append((fetch.BASE, "fetch", {}))
         graph.append(("measure-base", "measure", served | {"model": fetch.BASE}))
     return graph

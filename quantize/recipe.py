@@ -25,6 +25,7 @@ from quantize.block import Block, Fraction, PositiveInt
 from quantize.capacity.cards import find_card, known_names
 from quantize.engines import ENGINES, OLD_NAMES, default_engine
 from quantize.evaluation import Evaluate
+from quantize.servers.support import row, takers, why_not
 from quantize.targets import Publish
 
 Method = Literal["awq", "gptq", "awq+gptq", "rtn", "fp8", "int8", "autoround", "gguf"]
@@ -39,8 +40,10 @@ EngineName = Literal[
     "autogptq",
 ]
 """The last two are old names of gptqmodel."""
-EnvironmentName = Literal["llmcompressor", "autoawq", "gptqmodel", "llamacpp", "vllm", "lmeval"]
-ServerName = Literal["vllm"]
+EnvironmentName = Literal[
+    "llmcompressor", "autoawq", "gptqmodel", "llamacpp", "vllm", "sglang", "lmeval"
+]
+ServerName = Literal["vllm", "llamacpp", "url", "sglang", "tgi", "ollama"]
 Format = Literal["compressed-tensors", "awq", "gptq", "gguf"]
 Scheme = Literal[
     "W4A16",
@@ -130,6 +133,9 @@ def _is_a_card(name: str) -> str:
         raise ValueError(f"no card {name!r} in the table: name one of {known_names()}")
     return name
 
+
+SPLITS = frozenset({"vllm", "sglang", "tgi"})
+"""Servers that cut each weight over several GPUs."""
 
 GroupSize = Annotated[PositiveInt | Literal["channel"], WrapValidator(_whole_or_channel)]
 ModulePattern = Annotated[str, AfterValidator(_compiles)]
@@ -425,10 +431,41 @@ def _filled_in(
     return (group_size or DEFAULT_GROUP_SIZE) if scheme in GROUPED else None
 
 
+class Endpoint(Block):
+    """An OpenAI-compatible endpoint that is already up."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")] = Field(
+        description="Where it listens, with or without /v1; no user name and no password in it."
+    )
+    model: str = Field(min_length=1, description="The model's name, as its /v1/models lists it.")
+    api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+        None, description="The environment variable that holds the key; none is sent if absent."
+    )
+
+    @property
+    def base_url(self) -> str:
+        """Without /v1, which every request has."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+
+class Endpoints(Block):
+    """The two that are compared. measure-repeat asks the baseline's again."""
+
+    baseline: Endpoint = Field(description="Serves the model as it was.")
+    candidate: Endpoint = Field(description="Serves what this recipe makes of it.")
+
+
 class Serve(Block):
     """How the checkpoint is served, for the measurement and on the card."""
 
-    engine: ServerName = Field("vllm", description="The server.")
+    engine: ServerName = Field(
+        "vllm",
+        description="The server; llamacpp for format gguf. url asks endpoints that are already up; "
+        "sglang, tgi and ollama were checked against their documentation only.",
+    )
+    endpoints: Endpoints | None = Field(
+        None, description="Engine url only: where baseline and candidate are served."
+    )
     max_model_len: PositiveInt | None = Field(
         None, description="Context length; the checkpoint's own if absent."
     )
@@ -440,7 +477,28 @@ class Serve(Block):
     tensor_parallel_sizes: tuple[PositiveInt, ...] = Field(
         (), description="Every size that users will serve with; checked for divisibility."
     )
-    extra_args: tuple[str, ...] = Field((), description="More vLLM flags, as typed.")
+    extra_args: tuple[str, ...] = Field((), description="More flags of the server, as typed.")
+
+    @model_validator(mode="after")
+    def _endpoints_belong_to_url(self) -> Serve:
+        if self.engine == "url" and self.endpoints is None:
+            raise ValueError(
+                "engine url starts no server: name those that are up in "
+                "endpoints: {baseline: {url: ..., model: ...}, candidate: {url: ..., model: ...}}"
+            )
+        if self.engine != "url" and self.endpoints is not None:
+            raise ValueError(f"endpoints with engine {self.engine}: set engine to url")
+        if self.engine not in SPLITS and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"engine {self.engine} has no tensor_parallel_size: set it to 1, or remove it"
+            )
+        return self
+
+    @property
+    def secret_variables(self) -> frozenset[str]:
+        """Names of the environment variables that hold secrets of this block."""
+        ends = (self.endpoints.baseline, self.endpoints.candidate) if self.endpoints else ()
+        return frozenset(end.api_key_variable for end in ends if end.api_key_variable is not None)
 
 
 class EnvironmentOverride(Block):
@@ -499,6 +557,33 @@ class Recipe(Block):
         calibrated = self.quantize.calibrated_part
         if calibrated is not None and self.calibration is None:
             raise ValueError(f"{calibrated} needs a calibration block")
+        return self
+
+    @model_validator(mode="after")
+    def _server_takes_it(self) -> Recipe:
+        made = self.quantize
+        if made.effective_format == "gguf" and "engine" not in self.serve.model_fields_set:
+            # llama.cpp's format: where the recipe names no server, that is the one
+            served = self.serve.model_copy(update={"engine": "llamacpp"})
+            object.__setattr__(self, "serve", served)
+        engine = self.serve.engine
+        if row(engine, made.effective_format, "cpu") is None and (
+            row(engine, made.effective_format, "cuda") is None
+        ):
+            able = ", ".join(takers(made.effective_format, made.effective_scheme))
+            why = why_not(engine, made.effective_format, made.effective_scheme, "cuda")
+            raise ValueError(f"serve.engine {engine}: {why}: use serve.engine {able}")
+        if engine == "sglang" and "sglang" not in self.environments:
+            raise ValueError(
+                "serve.engine sglang has no environment of ours: install SGLang (pip install "
+                "sglang, in an environment of its own), and name its interpreter in "
+                "environments: {sglang: {python: ...}}"
+            )
+        if engine != "vllm" and self.model.keeps_adapter:
+            raise ValueError(
+                f"serve.engine {engine} serves no adapter beside its base here: use vllm, or "
+                "adapter_mode: merge"
+            )
         return self
 
 

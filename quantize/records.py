@@ -89,6 +89,22 @@ class Perplexity(TypedDict):
     scored_tokens: int
     total_nats: float
     perplexity: float
+    scored_by: NotRequired[Agreement]  # a library, where the server scores no prompt
+
+
+class Agreement(TypedDict):
+    """How far a library, which scored held-out text for a server that cannot, agrees with it.
+
+    Both continued the beginnings of some windows greedily. `tokens_equal` counts those before a
+    continuation's first difference, `largest_difference_nats` is that of the log-probabilities of
+    the continuations' first tokens.
+    """
+
+    library: str  # with its version
+    continuations: int
+    tokens: int
+    tokens_equal: int
+    largest_difference_nats: float
 
 
 class Task(TypedDict):
@@ -125,7 +141,7 @@ class Answered(TypedDict):
     tokens: int
     repeats: str  # what stands in a row, or ""
     replacement_characters: int  # U+FFFD: broken byte sequences
-    echoed: list[str]  # special tokens in the text
+    echoed: NotRequired[list[str]]  # special tokens in the text, where the server writes them
     schema_error: NotRequired[str]  # prompts with a JSON schema: why it does not hold, or ""
 
 
@@ -142,7 +158,7 @@ class Health(TypedDict):
     ended_early: float  # nothing but white space, or fewer than `EARLY_TOKENS` tokens
     cut_off: float  # by max_tokens
     invalid_utf8: float
-    template_echo: float
+    template_echo: NotRequired[float]  # absent where the server leaves special tokens out
     schema_prompts: int
     schema_valid: NotRequired[float]  # of the prompts with a schema
     tokens_median: float

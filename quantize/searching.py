@@ -20,7 +20,7 @@ from quantize.report.frontier_plot import draw
 from quantize.resources import find_recipe, shipped_root
 from quantize.search import Budget, Found, parse_budget, search
 from quantize.sensitivity import BF16, Sensitivity, read_sensitivity, units
-from quantize.servers import SERVERS
+from quantize.servers import cannot_serve
 from quantize.session import Session
 from quantize.stages.base import Resolved
 from quantize.store import Artifact
@@ -125,8 +125,8 @@ def default_schemes(recipe: Recipe, accelerator: str) -> tuple[str, ...]:
     quantize = recipe.quantize
     own = [quantize.effective_scheme, DEFAULT_SCHEME[quantize.method], *SCHEMES[quantize.method]]
     four = next((scheme for scheme in own if scheme in FOUR_BITS), FOUR_BITS[0])
-    server = SERVERS[recipe.serve.engine]
-    eight = [scheme for scheme in EIGHT_BITS if server.cannot_serve(scheme, accelerator) is None]
+    server, form = recipe.serve.engine, quantize.effective_format
+    eight = [s for s in EIGHT_BITS if cannot_serve(server, form, s, accelerator) is None]
     return (four, *eight[:1], BF16.scheme)
 
 

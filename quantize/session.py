@@ -110,7 +110,7 @@ class Inputs:
         """Nothing is written but a cache of hashes. A UsageError for the recipe itself."""
         path = find_recipe(recipe)
         parsed = load_recipe(path, overrides)
-        withhold(parsed.publish.secret_variables)
+        withhold(parsed.publish.secret_variables | parsed.serve.secret_variables)
         here = accelerator()
         resolved = resolve(
             parsed,

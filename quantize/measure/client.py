@@ -1,4 +1,8 @@
-"""The few calls of vLLM's HTTP API that the measurement makes."""
+"""The few calls that the measurement makes of a server: OpenAI's API, and vLLM's beyond it.
+
+:class:`Client` is what all servers share, :class:`VllmClient` speaks vLLM's dialect;
+:mod:`quantize.measure.dialects` has those of the others.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -53,10 +58,35 @@ class ScoredPrompt:
     top: list[list[tuple[int, float]]]
 
 
-class Client:
-    """A connection to one server and the one model that it serves. Threads may share it."""
+@dataclass(frozen=True)
+class Limits:
+    """What a server cannot be asked for, each with the reason; None where it can."""
 
-    def __init__(self, base_url: str, model: str, timeout: float | httpx.Timeout = TIMEOUT) -> None:
+    tokens: str | None = None  # the ids of a text: held-out text, prompts of a given length
+    scores: str | None = None  # log-probabilities of a prompt's tokens: held-out text
+    choices: str | None = None  # the same as OpenAI's `echo` gives them: tasks with choices
+    tasks: str | None = None  # prompts as token ids: every task
+    load: str | None = None  # requests of vLLM's benchmark
+    special: str | None = None  # special tokens as text: whether an answer echoes the template
+
+
+class Client:
+    """A connection to one server and the one model that it serves. Threads may share it.
+
+    A subclass says in :meth:`limits` what its server has no answer to; nobody then calls what
+    :class:`Client` leaves open.
+    """
+
+    SERVER = "the OpenAI API's"
+    HEALTH = "/health"
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        timeout: float | httpx.Timeout = TIMEOUT,
+        api_key: str | None = None,
+    ) -> None:
         self.model = model
         self.base_url = base_url
         self._lock = threading.Lock()
@@ -67,59 +97,61 @@ class Client:
             timeout=timeout,
             trust_env=False,  # a proxy has no business with the loopback interface
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         )
+
+    def limits(self) -> Limits:
+        """What this server cannot be asked for."""
+        return Limits()
+
+    def prepare(self, model: Path, max_model_len: int | None) -> None:
+        """What a server that answers still needs before it serves the folder `model`."""
 
     def healthy(self) -> bool:
         """Whether the server answers."""
         try:
-            return self._http.get("/health", timeout=HEALTH_SECONDS).status_code == 200
+            return self._http.get(self.HEALTH, timeout=HEALTH_SECONDS).status_code == 200
         except httpx.HTTPError:
             return False
 
+    def served(self) -> list[dict[str, Any]]:
+        """The models that the server lists."""
+        with self._understood("/v1/models"):
+            return [dict(entry) for entry in json_object(self._get("/v1/models"))["data"]]
+
     def version(self) -> str:
         """The server's own version."""
-        with _understood("/version"):
-            return str(_json(self._get("/version"))["version"])
+        raise NotImplementedError
 
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together."""
-        with _understood("/v1/models"):
-            return int(_json(self._get("/v1/models"))["data"][0]["max_model_len"])
+        raise NotImplementedError
 
     def complete(self, prompt: str, max_tokens: int, **more: Any) -> Answer:
         """Greedy completion of a text; `more` are further keys of the request."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0, **more}
         reply, seconds = self._post("/v1/completions", body)
-        with _understood("/v1/completions"):
+        with self._understood("/v1/completions"):
             return _answer(reply, seconds, ("text",))
 
     def chat(self, messages: Sequence[dict[str, str]], max_tokens: int, **more: Any) -> Answer:
         """Greedy answer to a conversation, through the checkpoint's chat template."""
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0, **more}
         reply, seconds = self._post("/v1/chat/completions", body)
-        with _understood("/v1/chat/completions"):
+        with self._understood("/v1/chat/completions"):
             return _answer(reply, seconds, ("message", "content"))
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text, with or without what the tokenizer adds (BOS)."""
-        return self._tokens({"prompt": text, "add_special_tokens": special})
+        raise NotImplementedError
 
     def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation as :meth:`chat` sends it, with all that the template adds."""
-        return self._tokens({"messages": list(messages)})
+        raise NotImplementedError
 
     def score(self, tokens: Sequence[int], top_k: int) -> ScoredPrompt:
         """Log-probabilities of the tokens of a prompt, with the `top_k` best at each position."""
-        body = {
-            "prompt": list(tokens),
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": top_k,
-            "add_special_tokens": False,
-        }
-        reply, _ = self._post("/v1/completions", body)
-        with _understood("/v1/completions"):
-            return _scored(reply, tokens, top_k)
+        raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
         """Prometheus samples, summed over labels; buckets are left out."""
@@ -128,7 +160,7 @@ class Client:
             name, _, value = line.rpartition(" ")
             name = name.partition("{")[0]
             if name and not line.startswith("#") and not name.endswith(("_bucket", "_created")):
-                with _understood("/metrics"):
+                with self._understood("/metrics"):
                     values[name] = values.get(name, 0.0) + float(value)
         return values
 
@@ -136,21 +168,18 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def _tokens(self, body: dict[str, Any]) -> list[int]:
-        reply, _ = self._post("/tokenize", body)
-        with _understood("/tokenize"):
-            return [int(token) for token in reply["tokens"]]
-
     def _get(self, path: str) -> httpx.Response:
         return self._ask("GET", path)
 
     def _post(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
         started = time.monotonic()
         response = self._ask("POST", path, json={"model": self.model, **body})
-        with _understood(path):
-            return _json(response), time.monotonic() - started
+        with self._understood(path):
+            return json_object(response), time.monotonic() - started
 
-    def _ask(self, method: str, path: str, **body: Any) -> httpx.Response:
+    def _ask(
+        self, method: str, path: str, *, accept: Sequence[int] = (200,), **body: Any
+    ) -> httpx.Response:
         try:
             with self._counted():
                 response = self._http.request(method, path, **body)
@@ -159,7 +188,7 @@ class Client:
                 f"the server stopped answering at {path}: {type(error).__name__}: {error}",
                 "run the same command again; finished parts are not repeated",
             ) from error
-        if response.status_code == 200:
+        if response.status_code in accept:
             return response
         reason = _reason(response)
         if "not JSON compliant" in reason:  # how vLLM 0.32 answers when a log-probability is NaN
@@ -167,6 +196,19 @@ class Client:
         if response.status_code == 400:
             raise SourceError(f"the server refuses a request to {path}: {reason}")
         raise ToolError(f"{path} answered {response.status_code}: {reason}")
+
+    @contextmanager
+    def _understood(self, path: str) -> Iterator[None]:
+        """A reply that is not of the server's form is the server's fault, and no bug of ours."""
+        try:
+            yield
+        except _Garbled as error:
+            said = f"{path} answered with what is no JSON object: {error}"
+            raise ToolError(said, OTHER) from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            what = f"{path} answered in a form that is not {self.SERVER} ({said})"
+            raise ToolError(what, OTHER) from error
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -181,11 +223,54 @@ class Client:
                 self.answered += 1
 
 
+class VllmClient(Client):
+    """vLLM's dialect, which SGLang speaks too, but for scores."""
+
+    SERVER = "vLLM's"
+
+    def version(self) -> str:
+        """See the base."""
+        with self._understood("/version"):
+            return str(json_object(self._get("/version"))["version"])
+
+    def max_model_len(self) -> int:
+        """See the base."""
+        with self._understood("/v1/models"):
+            return int(json_object(self._get("/v1/models"))["data"][0]["max_model_len"])
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """See the base."""
+        return self._tokens({"prompt": text, "add_special_tokens": special})
+
+    def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """See the base."""
+        return self._tokens({"messages": list(messages)})
+
+    def score(self, tokens: Sequence[int], top_k: int) -> ScoredPrompt:
+        """See the base."""
+        body = {
+            "prompt": list(tokens),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": top_k,
+            "add_special_tokens": False,
+        }
+        reply, _ = self._post("/v1/completions", body)
+        with self._understood("/v1/completions"):
+            return _scored(reply, tokens, top_k)
+
+    def _tokens(self, body: dict[str, Any]) -> list[int]:
+        reply, _ = self._post("/tokenize", body)
+        with self._understood("/tokenize"):
+            return [int(token) for token in reply["tokens"]]
+
+
 class _Garbled(Exception):
     """A reply that is not JSON, or not an object."""
 
 
-def _json(response: httpx.Response) -> dict[str, Any]:
+def json_object(response: httpx.Response) -> dict[str, Any]:
+    """A reply's JSON object; what is none is understood by nobody (:meth:`Client._understood`)."""
     try:
         value = response.json()
     except ValueError as error:
@@ -193,18 +278,6 @@ def _json(response: httpx.Response) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Garbled(response.text[:SHOWN_CHARACTERS])
     return value
-
-
-@contextmanager
-def _understood(path: str) -> Iterator[None]:
-    """A reply that is not of the form that vLLM gives is the server's fault, and no bug of ours."""
-    try:
-        yield
-    except _Garbled as error:
-        raise ToolError(f"{path} answered with what is no JSON object: {error}", OTHER) from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ToolError(f"{path} answered in a form that is not vLLM's ({said})", OTHER) from error
 
 
 def _scored(reply: dict[str, Any], tokens: Sequence[int], top_k: int) -> ScoredPrompt:

@@ -90,12 +90,14 @@ def measure(
     client: Client,
     prompts: Sequence[HealthPrompt],
     max_tokens: int,
-    special_tokens: Sequence[str],
+    special_tokens: Sequence[str] | None,
     output: Path,
     concurrency: int,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Health | None, list[Missing]]:
     """Ask every prompt, write :class:`Answered` lines to `output`, return the rates.
+
+    Without `special_tokens` nobody looks for them: a server that leaves them out would show none.
 
     A server that refuses structured output has no answer to prompts with a schema; what was
     refused, and why, is returned beside the rates. No rates if nothing was answered.
@@ -146,7 +148,7 @@ def _form(prompt: HealthPrompt) -> dict[str, Any]:
 
 
 def _look(
-    prompt: HealthPrompt, answer: Answer, max_tokens: int, special_tokens: Sequence[str]
+    prompt: HealthPrompt, answer: Answer, max_tokens: int, special_tokens: Sequence[str] | None
 ) -> Answered:
     cut_off = answer.finish_reason == "length"
     # The last character may be half written when the tokens run out: that is no broken byte.
@@ -159,8 +161,9 @@ def _look(
         "tokens": answer.completion_tokens,
         "repeats": repetition(answer.text),
         "replacement_characters": whole.count(BROKEN),
-        "echoed": [token for token in special_tokens if token in answer.text],
     }
+    if special_tokens is not None:
+        found["echoed"] = [token for token in special_tokens if token in answer.text]
     if prompt.json_schema is not None:
         fault = schema_error(prompt.json_schema, answer.text)
         cut = f"cut off after {max_tokens} tokens: " if fault and cut_off else ""
@@ -194,12 +197,13 @@ def _rates(answered: Sequence[tuple[HealthPrompt, Answered]], max_tokens: int) -
         "ended_early": share(ended_early),
         "cut_off": share(lambda answer: answer["finish_reason"] == "length"),
         "invalid_utf8": share(lambda answer: answer["replacement_characters"] > 0),
-        "template_echo": share(lambda answer: bool(answer["echoed"])),
         "schema_prompts": len(checked),
         "tokens_median": float(median),
         "tokens_p10": float(p10),
         "tokens_p90": float(p90),
     }
+    if all("echoed" in answer for answer in answers):
+        health["template_echo"] = share(lambda answer: bool(answer["echoed"]))
     if checked:
         health["schema_valid"] = checked.count("") / len(checked)
     return health

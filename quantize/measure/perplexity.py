@@ -1,4 +1,4 @@
-"""Held-out text through the server: log-probabilities per token, for perplexity and KL.
+"""Held-out text: log-probabilities per token, for perplexity and KL.
 
 Each document is cut into windows of its own: BOS (where the tokenizer adds one) and up to
 `window - 1` tokens; without BOS the first token is context only. Without a stride windows do not
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,29 +50,48 @@ class Window:
     first: int = 1
 
 
+OnProgress = Callable[[int, int], None]
+Scorer = Callable[[Sequence[Window], int, OnProgress], Iterable[ScoredPrompt]]
+"""Scores whole windows, with so many of the most likely tokens at each position, in order."""
+
+
+def through(client: Client, concurrency: int) -> Scorer:
+    """The server itself scores, a request a window, so many at once."""
+
+    def score(
+        windows: Sequence[Window], top_k: int, on_progress: OnProgress
+    ) -> Iterator[ScoredPrompt]:
+        with ThreadPoolExecutor(concurrency) as pool:
+            futures = [pool.submit(client.score, window.tokens, top_k) for window in windows]
+            try:
+                for done, future in enumerate(futures, 1):
+                    yield future.result()
+                    on_progress(done, len(windows))
+            except BaseException:  # also when interrupted: what waits is not asked any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    return score
+
+
 def measure(
     client: Client,
     text: PerplexityText,
     path: Path,
     output: Path,
-    concurrency: int,
-    on_progress: Callable[[int, int], None],
+    score: Scorer,
+    on_progress: OnProgress,
 ) -> Perplexity:
-    """Score the text, write the per-token arrays to `output` (npz), return the record."""
+    """Score the text, write the per-token arrays to `output` (npz), return the record.
+
+    The server's tokenizer cuts the windows, whoever scores them.
+    """
     documents = read_documents(path, text.field)
     if text.join:
         documents = ["\n\n".join(documents)]
     windows, bos = cut(client, documents, text)
-    with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(client.score, window.tokens, text.top_k) for window in windows]
-        scored = []
-        try:
-            for done, future in enumerate(futures, 1):
-                scored.append(_new(future.result(), windows[done - 1].first))
-                on_progress(done, len(windows))
-        except BaseException:  # also when interrupted: the windows that wait are not asked any more
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    whole = score(windows, text.top_k, on_progress)
+    scored = [_new(prompt, window.first) for prompt, window in zip(whole, windows, strict=True)]
     _save(output, windows, scored, text.top_k)
     _save_documents(output.with_suffix(".jsonl"), documents, windows)
     total_nats = -math.fsum(value for prompt in scored for value in prompt.logprobs)

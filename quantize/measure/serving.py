@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantize import records
 from quantize.adapter import adapter_folder, tokenizer_folder
-from quantize.checkpoint import model_folder
+from quantize.checkpoint import model_folder, read_checkpoint
+from quantize.errors import ResourceError
 from quantize.machine import device_name
-from quantize.measure.client import MAX_CONNECTIONS, Client
+from quantize.measure.client import MAX_CONNECTIONS, Client, Limits
 from quantize.measure.port import held_port
 from quantize.measure.scope import Scope
 from quantize.measure.watching import ServerWatch
 from quantize.model_files import read_json_object
 from quantize.process import Process
-from quantize.records import Server
-from quantize.servers import SERVERS
-from quantize.servers.base import Launch, ServedAdapter
+from quantize.recipe import Endpoint
+from quantize.remote_code import LET_IN
+from quantize.servers import SERVERS, url
+from quantize.servers.base import Launch, ServedAdapter, Server
+from quantize.servers.support import LABELS
 from quantize.stages.base import StageContext
 
 SERVED_NAME = "model"
@@ -31,55 +36,60 @@ TASK_TOKENS = 2048
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A server that answers; `process` and `launch` are absent where somebody else started it."""
 
+    backend: Server
     client: Client
-    process: Process
+    limits: Limits
+    process: Process | None
     port: int
-    launch: Launch
+    launch: Launch | None
+    tokenizer: Path  # the folder of the tokenizer and chat template that prompts are made with
     start_seconds: float
     concurrency: int  # requests under way at once
     kv_cache_tokens: int | None
-
-    @property
-    def tokenizer(self) -> Path:
-        """The folder of the tokenizer and chat template that prompts are made with."""
-        return self.launch.tokenizer or self.launch.model
 
 
 @contextmanager
 def serve(context: StageContext, scope: Scope, model: Path) -> Iterator[Running]:
     """Serve `model` until the block is left; failures inside blame a dead server."""
+    endpoints = context.recipe.serve.endpoints
+    if endpoints is not None:
+        candidate = context.entry.id == "measure-candidate"
+        with _asked(context, endpoints.candidate if candidate else endpoints.baseline) as running:
+            yield running
+        return
     with held_port() as port, _serve(context, scope, model, port) as running:
         yield running
 
 
 @contextmanager
+def _asked(context: StageContext, endpoint: Endpoint) -> Iterator[Running]:
+    """An endpoint that is up; whose process it is, nobody here knows."""
+    serve = context.recipe.serve
+    client = url.connect(endpoint, serve.max_model_len)
+    backend, tokenizer = SERVERS[url.NAME], model_folder(context.inputs["fetch"])
+    try:
+        limits = client.limits()
+        many = serve.max_num_seqs
+        yield Running(backend, client, limits, None, 0, None, tokenizer, 0.0, many, None)
+    finally:
+        client.close()
+
+
+@contextmanager
 def _serve(context: StageContext, scope: Scope, model: Path, port: int) -> Iterator[Running]:
     backend = SERVERS[context.recipe.serve.engine]
-    adapter = _adapter(context, scope)
-    texts = [text for text in (scope.perplexity, scope.own_text) if text is not None]
-    launch = Launch(
-        python=context.runner.python(backend.ENVIRONMENT),
-        model=model,
-        served_name=BASE_NAME if adapter is not None else SERVED_NAME,
-        port=port,
-        accelerator=context.resolved.accelerator,
-        serve=context.recipe.serve,
-        max_logprobs=max((text.top_k for text in texts), default=1),
-        tokenizer=_tokenizer(context, scope),
-        adapter=adapter,
-        trust_remote_code=context.recipe.model.trust_remote_code is not None,
-    )
-    label = f"{context.entry.id}-server"
+    launch = _launch(context, scope, backend, model, port)
+    label, what = f"{context.entry.id}-server", f"{LABELS[backend.NAME]} server"
     command, variables = backend.command(launch), backend.variables(launch)
     variables["HF_MODULES_CACHE"] = str(context.work / "code")
     with context.runner.process(command, label, env=variables) as process:
-        client = Client(f"http://127.0.0.1:{launch.port}", SERVED_NAME)
+        client = backend.client(f"http://127.0.0.1:{launch.port}", SERVED_NAME)
         seconds = context.runner.wait_until(
             process,
             client.healthy,
-            "vLLM server",
+            what,
             replace(context.runner.patience, silent_seconds=backend.START_SECONDS),
             backend.explain,
         )
@@ -87,15 +97,60 @@ def _serve(context: StageContext, scope: Scope, model: Path, port: int) -> Itera
         try:
             with (
                 runner.tool(label),
-                runner.blaming(process, "vLLM server", backend.explain),
-                ServerWatch(process, client, "vLLM server", runner.patience),
+                runner.blaming(process, what, backend.explain),
+                ServerWatch(process, client, what, runner.patience),
             ):
-                tokens = backend.kv_cache_tokens(client.metrics(), process.output())
+                client.prepare(model, launch.context_tokens)
+                metrics = client.metrics() if backend.COUNTERS else {}
+                tokens = backend.kv_cache_tokens(metrics, process.output())
                 longest = longest_request(scope, client.max_model_len())
                 many = concurrency(context.recipe.serve.max_num_seqs, tokens, longest)
-                yield Running(client, process, launch.port, launch, seconds, many, tokens)
+                limits, tokenizer = client.limits(), launch.tokenizer or launch.model
+                yield Running(
+                    *(backend, client, limits, process, launch.port, launch, tokenizer),
+                    *(seconds, many, tokens),
+                )
         finally:
             client.close()
+
+
+def _launch(context: StageContext, scope: Scope, backend: Server, model: Path, port: int) -> Launch:
+    adapter = _adapter(context, scope)
+    texts = [text for text in (scope.perplexity, scope.own_text) if text is not None]
+    return Launch(
+        program=program(backend, context.runner.python),
+        model=model,
+        served_name=BASE_NAME if adapter is not None else SERVED_NAME,
+        port=port,
+        accelerator=context.resolved.accelerator,
+        serve=context.recipe.serve,
+        max_logprobs=max((text.top_k for text in texts), default=1),
+        tokenizer=_tokenizer(context, scope, backend),
+        adapter=adapter,
+        trust_remote_code=context.recipe.model.trust_remote_code is not None,
+        context_tokens=context.recipe.serve.max_model_len or _trained(context, backend),
+        scratch=context.work,
+    )
+
+
+def program(backend: Server, python: Callable[[str], Path]) -> Path:
+    """What is started: an environment's interpreter, or an executable of the user's PATH."""
+    if backend.ENVIRONMENT is not None:
+        return python(backend.ENVIRONMENT)
+    found = shutil.which(backend.PROGRAM or "")
+    if found is None:
+        raise ResourceError(
+            f"there is no {backend.PROGRAM} here, which is {LABELS[backend.NAME]}", backend.INSTALL
+        )
+    return Path(found)
+
+
+def _trained(context: StageContext, backend: Server) -> int | None:
+    """Positions that the checkpoint was trained for; GGUF servers are told, the others read it."""
+    if backend.READS != "gguf":
+        return None
+    checkpoint = read_checkpoint(model_folder(context.inputs["fetch"]), code=LET_IN)
+    return checkpoint.dimension("max_position_embeddings")
 
 
 def _adapter(context: StageContext, scope: Scope) -> ServedAdapter | None:
@@ -108,11 +163,11 @@ def _adapter(context: StageContext, scope: Scope) -> ServedAdapter | None:
     return ServedAdapter(SERVED_NAME, folder, int(said["rank"]), targets)
 
 
-def _tokenizer(context: StageContext, scope: Scope) -> Path | None:
-    """The fine-tune's tokenizer, where the served folder's own is another."""
+def _tokenizer(context: StageContext, scope: Scope, backend: Server) -> Path | None:
+    """The fine-tune's tokenizer, where the served folder has another, or none that tools read."""
     artifact = context.inputs.get("adapter")
     brought = tokenizer_folder(artifact) if artifact is not None else None
-    if brought is None and scope.foreign_tokenizer:
+    if brought is None and (scope.foreign_tokenizer or backend.READS == "gguf"):
         return model_folder(context.inputs["fetch"])
     return brought
 
@@ -136,24 +191,36 @@ def concurrency(max_num_seqs: int, kv_cache_tokens: int | None, longest: int) ->
     return min(max(2 * min(max_num_seqs, fits), max_num_seqs), MAX_CONNECTIONS)
 
 
-def describe(context: StageContext, running: Running) -> Server:
+def describe(context: StageContext, running: Running) -> records.Server:
     """The server as it answered; paths and the port stand as placeholders."""
-    adapter = running.launch.adapter
-    hidden = {
-        str(running.launch.tokenizer): "TOKENIZER",
-        f"{SERVED_NAME}={adapter and adapter.folder}": f"{SERVED_NAME}=ADAPTER",
-        str(running.launch.python): "python",
-        str(running.launch.model): "MODEL",
-        str(running.port): "PORT",
-    }
-    return {
-        "name": context.recipe.serve.engine,
+    accelerator = context.resolved.accelerator
+    found: records.Server = {
+        "name": running.backend.NAME,
         "version": running.client.version(),
-        "command": [hidden.get(part, part) for part in running.process.command],
-        "accelerator": context.resolved.accelerator,
-        "device": device_name(context.resolved.accelerator),
+        "command": _command(running),
+        "accelerator": accelerator if running.launch else "not said",
+        "device": device_name(accelerator) if running.launch else "not said",
         "start_seconds": round(running.start_seconds, 2),
     }
+    return found
+
+
+def _command(running: Running) -> list[str]:
+    """The command line; of an endpoint that is up, none: its address is nobody else's affair."""
+    launch, process = running.launch, running.process
+    if launch is None or process is None:
+        return []
+    adapter = launch.adapter
+    hidden = {
+        str(launch.tokenizer): "TOKENIZER",
+        f"{SERVED_NAME}={adapter and adapter.folder}": f"{SERVED_NAME}=ADAPTER",
+        str(launch.program): "python" if running.backend.ENVIRONMENT else launch.program.name,
+        str(launch.model): "MODEL",
+        str(running.port): "PORT",
+    }
+    said = [hidden.get(part, part) for part in process.command]
+    # A file of the model's folder, or a program of the environment: their names are enough.
+    return [Path(part).name if part.startswith("/") else part for part in said]
 
 
 def special_tokens(model: Path) -> list[str]:

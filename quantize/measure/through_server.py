@@ -11,26 +11,17 @@ from typing import Any, Literal
 
 from quantize.errors import SourceError
 from quantize.measure import health, perplexity, smoke
+from quantize.measure.library import LibraryScorer
 from quantize.measure.parts import Parts
 from quantize.measure.scope import Scope
 from quantize.measure.serving import SERVED_NAME, Running, describe, serve, special_tokens
 from quantize.process import hub_token
 from quantize.recipe_file import load_prompts
-from quantize.records import MeasureRecord, Serving
+from quantize.records import MeasureRecord, Missing, Serving
 from quantize.resolve import own_task_names
-from quantize.servers import SERVERS
+from quantize.servers import url
 from quantize.stages.base import StageContext
 from quantize.suite import PerplexityText, Suite, TaskRef
-
-PROMETHEUS = (
-    "vllm:prompt_tokens_total",
-    "vllm:generation_tokens_total",
-    "vllm:request_success_total",
-    "vllm:num_preemptions_total",
-    "vllm:prefix_cache_queries_total",
-    "vllm:prefix_cache_hits_total",
-)
-"""Counters that say how the server was used, kept as they stood at the end."""
 
 
 def measure(context: StageContext, scope: Scope, record: MeasureRecord, model: Path) -> None:
@@ -43,11 +34,15 @@ def measure(context: StageContext, scope: Scope, record: MeasureRecord, model: P
         record["concurrency"] = running.concurrency
         if scope.everything:
             record["smoke"] = parts.get("smoke", lambda: _smoke(context, running))
+            record["not_measured"] += _unasked(context, running)
         _texts(context, scope, running, parts, record)
         _tasks(context, scope.suite.tasks, running, parts, record)
         if scope.everything:
             _health(context, scope, running, parts, record)
-            if "unpacked" not in record:
+            if running.limits.load is not None:
+                missing = Missing(what="latency and throughput", why=running.limits.load)
+                record["not_measured"].append(missing)
+            elif "unpacked" not in record:
                 load = functools.partial(_load, context, running, scope.suite)
                 record["serving"] = parts.get("load", load)
         parts.seconds["server start"] = running.start_seconds
@@ -65,6 +60,10 @@ def _texts(
     for prefix, text in texts:
         if text is None:
             continue
+        if (why := _unscored(running)) is not None:
+            what = f"{prefix.replace('_', ' ')}perplexity and KL divergence"
+            record["not_measured"].append(Missing(what=what, why=why))
+            continue
         file = f"{prefix}token_logprobs"
         part = functools.partial(
             _perplexity, context, running, f"{prefix}text", text, f"{file}.npz"
@@ -72,6 +71,13 @@ def _texts(
         record[f"{prefix}perplexity"] = parts.get(f"{prefix}perplexity", part)  # type: ignore[literal-required]
         for suffix in (".npz", ".jsonl"):
             _take(context, file + suffix, context.files)
+
+
+def _unscored(running: Running) -> str | None:
+    """Why nobody scores held-out text here, or None: the server does, or its library."""
+    if running.limits.tokens is not None:
+        return running.limits.tokens
+    return running.limits.scores if running.backend.SCORER is None else None
 
 
 def _tasks(
@@ -83,6 +89,9 @@ def _tasks(
 ) -> None:
     """All tasks that are not finished yet, own ones and lm-eval's in a process each."""
     if not tasks:
+        return
+    if (why := running.limits.tasks) is not None:
+        record["not_measured"].append(Missing(what="tasks", why=why))
         return
     _keep_finished(context, tasks, parts)
     folder = context.resolved.paths.get("tasks")
@@ -102,6 +111,9 @@ def _tasks(
     samples.mkdir()
     for task in tasks:
         measured: Any = parts.value(f"task:{task.name}")
+        if "cannot" in measured:
+            record["not_measured"].append(Missing(what=f"task {task.name}", why=measured["cannot"]))
+            continue
         context.versions.update(measured.pop("versions"))
         measured |= {
             "name": task.name,
@@ -134,6 +146,8 @@ def _health(
         return
     found = parts.get("health", lambda: _answers(context, scope, running))
     record["not_measured"] += found["not_measured"]
+    if (why := running.limits.special) is not None:
+        record["not_measured"].append(Missing(what="special tokens in answers", why=why))
     if "health" in found:
         record["health"] = found["health"]
         _take(context, "health.jsonl", context.files)
@@ -147,7 +161,7 @@ def _answers(context: StageContext, scope: Scope, running: Running) -> dict[str,
         running.client,
         health.read_prompts(context.resolved.paths["health"], scope.health_prompts),
         scope.suite.health.max_tokens,
-        special_tokens(running.tokenizer),
+        special_tokens(running.tokenizer) if running.limits.special is None else None,
         context.work / "health.jsonl",
         running.concurrency,
         lambda done, of: step("generation health", done, of, "prompts"),
@@ -157,11 +171,24 @@ def _answers(context: StageContext, scope: Scope, running: Running) -> dict[str,
 
 def _smoke(context: StageContext, running: Running) -> Any:
     prompts = load_prompts(context.resolved.paths["prompts"])
+    if running.limits.tokens is not None:  # nobody can tell how long a filler must be
+        short = tuple(prompt for prompt in prompts.prompts if prompt.filler is None)
+        prompts = prompts.model_copy(update={"prompts": short})
     special = special_tokens(running.tokenizer)
     step = context.runner.progress.step
     return smoke.measure(
         running.client, prompts, special, lambda done, of: step("smoke prompts", done, of)
     )
+
+
+def _unasked(context: StageContext, running: Running) -> list[Missing]:
+    """Smoke prompts of a given length in tokens, where the server does not count those."""
+    why = running.limits.tokens
+    if why is None:
+        return []
+    prompts = load_prompts(context.resolved.paths["prompts"]).prompts
+    long = [prompt.name for prompt in prompts if prompt.filler is not None]
+    return [Missing(what=f"smoke prompt {name}", why=why) for name in long]
 
 
 def _perplexity(
@@ -171,14 +198,21 @@ def _perplexity(
     path = _text_file(context, name, text)
     step = context.runner.progress.step
     what = "held-out text" if name == "text" else "own text"
-    return perplexity.measure(
+    library = None
+    score = perplexity.through(running.client, running.concurrency)
+    if running.limits.scores is not None:
+        score = library = LibraryScorer(context, running, name.replace("_", "-"))
+    found = perplexity.measure(
         running.client,
         text,
         path,
         context.work / output,
-        running.concurrency,
+        score,
         lambda done, of: step(what, done, of, "windows"),
     )
+    if library is not None and library.agreement is not None:
+        found["scored_by"] = library.agreement
+    return found
 
 
 def _text_file(context: StageContext, name: str, text: PerplexityText) -> Path:
@@ -202,12 +236,13 @@ def _evaluate(context: StageContext, running: Running, tasks: Sequence[TaskRef],
     folder = context.resolved.paths.get("tasks")
     body = {
         "base_url": f"{running.client.base_url}/v1/completions",
-        "model": SERVED_NAME,
+        "model": running.client.model,
         "tokenizer": str(running.tokenizer),
         "concurrency": running.concurrency,
         "max_length": running.client.max_model_len(),
         "tasks_folder": str(folder) if folder else None,
-        "trust_remote_code": running.launch.trust_remote_code,
+        "trust_remote_code": context.recipe.model.trust_remote_code is not None,
+        "no_choices": running.limits.choices,
         "tasks": [
             task.model_dump(mode="json", exclude={"name", "higher_is_better"})
             | {
@@ -221,7 +256,7 @@ def _evaluate(context: StageContext, running: Running, tasks: Sequence[TaskRef],
     # Own tasks read local files: their cache is ours, and no hub is asked.
     local = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(context.work / "datasets")}
     label = f"{context.entry.id}-{'own-tasks' if own else 'tasks'}"
-    env = local if own else hub_token()
+    env = (local if own else hub_token()) | endpoint_key(context)
     context.runner.worker(
         "lmeval",
         "evaluate",
@@ -233,8 +268,19 @@ def _evaluate(context: StageContext, running: Running, tasks: Sequence[TaskRef],
     )
 
 
+def endpoint_key(context: StageContext) -> dict[str, str]:
+    """The key of the endpoint that is asked, under the name that lm-eval reads."""
+    endpoints = context.recipe.serve.endpoints
+    if endpoints is None:
+        return {}
+    candidate = context.entry.id == "measure-candidate"
+    key = url.api_key(endpoints.candidate if candidate else endpoints.baseline)
+    return {"OPENAI_API_KEY": key} if key is not None else {}
+
+
 def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
-    load = suite.load
+    load, launch = suite.load, running.launch
+    assert launch is not None, "the load is for a server of ours"
     values = context.runner.worker(
         "vllm",
         "load",
@@ -244,12 +290,12 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
             "model": SERVED_NAME,
             "tokenizer": str(running.tokenizer),
             "seed": 0,
-            "trust_remote_code": running.launch.trust_remote_code,
+            "trust_remote_code": context.recipe.model.trust_remote_code is not None,
         },
         work=context.work,
         label=f"{context.entry.id}-load",
         server=running.process,
-        env={"HF_HUB_OFFLINE": "1", **SERVERS["vllm"].variables(running.launch)},
+        env={"HF_HUB_OFFLINE": "1", **running.backend.variables(launch)},
     )
     metrics = running.client.metrics()
     serving: Serving = {
@@ -259,7 +305,7 @@ def _load(context: StageContext, running: Running, suite: Suite) -> Serving:
         "time_per_output_token_ms_median": values["median_tpot_ms"],
         "output_tokens_per_second": values["output_throughput"],
         "requests_per_second": values["request_throughput"],
-        "prometheus": {name: metrics[name] for name in PROMETHEUS if name in metrics},
+        "prometheus": {name: metrics[name] for name in running.backend.COUNTERS if name in metrics},
     }
     if running.kv_cache_tokens is not None:
         serving["kv_cache_tokens"] = running.kv_cache_tokens

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantize.report.results import Record
+from quantize.servers.support import why_not
 from quantize.servers.vllm_lora import adapter_options
 
-SGLANG_SYMMETRIC_ONLY = "W4A16_ASYM"
-"""SGLang, `layers/quantization/compressed_tensors/compressed_tensors.py`: packed integer weights
-are taken if they are symmetric."""
+SGLANG_NEW = "W4A16_ASYM"
+"""SGLang reads the zero points of compressed-tensors since its pull request 25292, of 2026."""
 
 PLACES = frozenset({"--lora-modules", "--tokenizer"})
 """Flags whose value is a folder: another one here than where it was measured."""
@@ -79,11 +79,17 @@ def sglang_command(record: Record) -> str:
     return _download(record) + " \\\n  ".join(parts)
 
 
-def sglang_caution(record: Record) -> bool:
-    """Whether a scheme of this checkpoint is one that SGLang does not take."""
+def sglang_caution(record: Record) -> str:
+    """What of this checkpoint SGLang, or an older one, does not take; "" where it takes it."""
     quantize = record["recipe"]["quantize"]
+    form = quantize.get("format", "compressed-tensors")
     schemes = [quantize["scheme"], *(part["scheme"] for part in quantize.get("overrides", ()))]
-    return SGLANG_SYMMETRIC_ONLY in schemes
+    for scheme in schemes:
+        if (why := why_not("sglang", form, scheme, "cuda")) is not None:
+            return f"It may refuse this model: {why}."
+    if form == "compressed-tensors" and SGLANG_NEW in schemes:
+        return "Versions from before the middle of 2026 refuse the zero points of this model."
+    return ""
 
 
 def transformers_code(record: Record) -> str:

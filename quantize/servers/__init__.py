@@ -1,10 +1,25 @@
-"""Servers behind one small protocol: command line, environment, health, log patterns."""
+"""Servers behind one small protocol: command line, environment, dialect, health, log patterns."""
 
 from __future__ import annotations
 
 from typing import cast
 
-from quantize.servers import vllm
+from quantize.servers import llamacpp, ollama, sglang, tgi, url, vllm
 from quantize.servers.base import Server
+from quantize.servers.support import why_not
 
-SERVERS: dict[str, Server] = {"vllm": cast(Server, vllm)}
+SERVERS: dict[str, Server] = {
+    "vllm": cast(Server, vllm),
+    "llamacpp": cast(Server, llamacpp),
+    "url": cast(Server, url),
+    "sglang": cast(Server, sglang),
+    "tgi": cast(Server, tgi),
+    "ollama": cast(Server, ollama),
+}
+
+
+def cannot_serve(server: str, form: str, scheme: str, accelerator: str) -> str | None:
+    """Why a server does not take this format and scheme on this machine, or None."""
+    return why_not(server, form, scheme, accelerator) or SERVERS[server].machine_lacks(
+        scheme, accelerator
+    )

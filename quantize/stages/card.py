@@ -104,7 +104,9 @@ def _figures(context: StageContext, record: dict[str, Any]) -> list[Figure]:
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe with its defaults filled in, without what concerns this machine alone."""
-    excluded = {"publish", "environments", "machine"}
+    # nor where an endpoint of somebody's listens
+    excluded: Any = dict.fromkeys(("publish", "environments", "machine"), True)
+    excluded["serve"] = {"endpoints"}
     values = recipe.model_dump(mode="json", exclude=excluded, exclude_none=True)
     values["quantize"]["scheme"] = recipe.quantize.effective_scheme
     if recipe.quantize.effective_format != "compressed-tensors":  # which every card meant before

@@ -17,7 +17,8 @@ from quantize.model_files import read_json_object
 from quantize.protocol import write_json
 from quantize.records import MEASURE_SCHEMA, MeasureRecord, Missing
 from quantize.remote_code import LET_IN
-from quantize.servers import SERVERS
+from quantize.servers import SERVERS, cannot_serve
+from quantize.servers.support import BF16, SAFETENSORS
 from quantize.stages.base import Resolved, StageContext
 from quantize.unpacked import is_weight_only, write_unpacked
 
@@ -28,13 +29,14 @@ NOT_OF_UNPACKED = "latency, throughput and the kernels for packed weights"
 
 
 def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
-    """The server's environment, and lm-eval's for tasks and for text from the Hub."""
-    server = SERVERS[resolved.recipe.serve.engine].ENVIRONMENT
+    """The server's environment, if it has one, and lm-eval's for tasks and text from the Hub."""
+    environment = SERVERS[resolved.recipe.serve.engine].ENVIRONMENT
+    server = () if environment is None else (environment,)
     if resolved.suite is None:
-        return (server,)
+        return server
     asked = scope(resolved, entry_id)
     from_hub = any(name not in resolved.paths for name in _texts(asked))
-    return (server, "lmeval") if asked.suite.tasks or from_hub else (server,)
+    return (*server, "lmeval") if asked.suite.tasks or from_hub else server
 
 
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
@@ -49,11 +51,26 @@ def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         inputs["own_text_from"] = asked.own_text.model_dump(
             mode="json", include={"config", "split", "field"}
         )
-    serve = resolved.recipe.serve.model_dump(mode="json", exclude={"tensor_parallel_sizes"})
     again = {"again": 1} if asked.again else {}
     unpacks = entry_id == "measure-candidate" and unpacks_because(resolved) is not None
     scoped = {"quick": asked.quick} | again | ({"unpacked": True} if unpacks else {})
-    return {**inputs, **scoped, "serve": serve, "accelerator": resolved.accelerator}
+    return {
+        **inputs,
+        **scoped,
+        "serve": _served(resolved, entry_id),
+        "accelerator": resolved.accelerator,
+    }
+
+
+def _served(resolved: Resolved, entry_id: str) -> dict[str, Any]:
+    """The `serve` block; of endpoints that are up the one that is asked, without its key's name."""
+    serve = resolved.recipe.serve
+    values = serve.model_dump(mode="json", exclude={"tensor_parallel_sizes", "endpoints"})
+    if serve.endpoints is None:
+        return values
+    candidate = entry_id == "measure-candidate"
+    endpoint = serve.endpoints.candidate if candidate else serve.endpoints.baseline
+    return values | {"endpoint": {"url": endpoint.base_url, "model": endpoint.model}}
 
 
 def _texts(asked: Scope) -> list[str]:
@@ -64,20 +81,36 @@ def _texts(asked: Scope) -> list[str]:
 
 def unservable(resolved: Resolved) -> str | None:
     """Why the candidate cannot be measured on this machine, or None."""
-    return None if is_weight_only(resolved.recipe.quantize) else _no_kernel(resolved)
+    return None if _unpacks(resolved) else _no_kernel(resolved)
 
 
 def unpacks_because(resolved: Resolved) -> str | None:
     """Why the candidate is served with its weights unpacked to BF16, or None: as it is, or not."""
-    return _no_kernel(resolved) if is_weight_only(resolved.recipe.quantize) else None
+    return _no_kernel(resolved) if _unpacks(resolved) else None
+
+
+def _unpacks(resolved: Resolved) -> bool:
+    """Whether the weights unpacked to BF16 are the same function, and the server reads them."""
+    recipe = resolved.recipe
+    if recipe.quantize.effective_format == "gguf":
+        return False
+    unpacked = cannot_serve(recipe.serve.engine, SAFETENSORS, BF16, resolved.accelerator) is None
+    return unpacked and is_weight_only(recipe.quantize)
 
 
 def _no_kernel(resolved: Resolved) -> str | None:
     """Why the server of this machine does not take the checkpoint as it is, or None."""
-    server, quantize = SERVERS[resolved.recipe.serve.engine], resolved.recipe.quantize
+    server, quantize = resolved.recipe.serve.engine, resolved.recipe.quantize
     schemes = [quantize.effective_scheme, *(override.scheme for override in quantize.overrides)]
-    reasons = (server.cannot_serve(scheme, resolved.accelerator) for scheme in schemes)
+    form, here = quantize.effective_format, resolved.accelerator
+    reasons = (cannot_serve(server, form, scheme, here) for scheme in schemes)
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def asks_base(resolved: Resolved) -> bool:
+    """Whether the model that was fine-tuned can be served, too: from its own files, that is."""
+    server = SERVERS[resolved.recipe.serve.engine]
+    return server.NAME != "url" and server.READS == SAFETENSORS
 
 
 def run(context: StageContext) -> None:

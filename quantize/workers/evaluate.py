@@ -3,12 +3,14 @@
 Runs in the lmeval environment. A task's `data_files` are relative to the folder of its YAML file.
 
 Request body: `base_url` (of `/v1/completions`), `model` (served name), `tokenizer` (folder),
-`concurrency`, `max_length`, `tasks_folder` (or null), and `tasks`, each with `task`, `metric`,
+`concurrency`, `max_length`, `tasks_folder` (or null), `no_choices` (why the server scores no
+choices, or null), and `tasks`, each with `task`, `metric`,
 `filter`, `num_fewshot`, `limit` (or null), `apply_chat_template`, `repeats`, `temperature` (or
 null), `cluster` (or null), `samples` and `result` (output files).
 A task's result is written when it is finished, whatever becomes of the next: `seconds`, and `value`
 with `score`, `standard_error`, `documents`, `repeats`, `clusters` (where there are any), `version`,
-`prompts_sha256`, `versions`, `dataset`. The result body is empty.
+`prompts_sha256`, `versions`, `dataset`; or `cannot`, the reason, for a task that scores choices
+where the server does not. The result body is empty.
 """
 
 from __future__ import annotations
@@ -71,11 +73,21 @@ def _evaluate(body: dict[str, Any], manager: Any) -> dict[str, Any]:
         os.chdir(Path(manager.task_index[body["task"]].yaml_path).parent)
     with _explained(body["task"]):
         loaded = manager.load([body["task"]])
+        if (why := cannot(body, loaded["tasks"])) is not None:
+            return {"cannot": why}
         check_documents(body, loaded["tasks"])
         group = loaded.get("groups", {}).get(body["task"])
         tasks = [group] if group is not None else list(loaded["tasks"].values())
         answers = [_ask(body, tasks, manager, SEED + number) for number in range(body["repeats"])]
     return collect(body, answers) | {"dataset": dataset(loaded["tasks"])}
+
+
+def cannot(body: dict[str, Any], tasks: dict[str, Any]) -> str | None:
+    """Why the server cannot be asked these tasks, or None: those that generate text it can."""
+    scoring = [name for name, task in tasks.items() if task.OUTPUT_TYPE != "generate_until"]
+    if not scoring or body["no_choices"] is None:
+        return None
+    return f"{', '.join(scoring)} scores given answers: {body['no_choices']}"
 
 
 def dataset(tasks: dict[str, Any]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantize.environments import accelerator
-from quantize.servers import vllm
+from quantize.servers import cannot_serve
 from tests.end_to_end.conftest import ROOT, Work
 
 pytestmark = pytest.mark.end_to_end
@@ -51,7 +51,7 @@ def test_a_mixed_recipe(work: Work, tmp_path: Path, engine: str) -> None:
     assert config["kv_cache_scheme"]["num_bits"] == 8
     record = json.loads(Path(result["places"]["record"]).read_text())
     assert record["audit"]["quantized_modules"] == 28
-    if reason := vllm.cannot_serve("W4A16", accelerator()):
+    if reason := cannot_serve("vllm", "compressed-tensors", "W4A16", accelerator()):
         # beside 8-bit activations, 4-bit weights cannot be unpacked: nothing is served
         assert record["compare"]["not_measured"][0]["why"] == reason
         return

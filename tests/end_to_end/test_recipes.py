@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quantize.environments import accelerator as here
-from quantize.servers import vllm
+from quantize.servers import cannot_serve
 from quantize.stages.measure import NOT_OF_UNPACKED
 from tests.end_to_end.conftest import Work, environment
 
@@ -67,7 +67,8 @@ def test_recipe_is_measured_and_published(
     assert compare["size_ratio"] < expected
     # a processor without AVX-512 serves 4 bits unpacked, and says what that does not show
     unpacked = "unpacked" in record["candidate"]
-    assert unpacked == (not name.endswith("fp8") and vllm.cannot_serve("W4A16", here()) is not None)
+    lacks = cannot_serve("vllm", "compressed-tensors", "W4A16", here()) is not None
+    assert unpacked == (not name.endswith("fp8") and lacks)
     missing = [f"{NOT_OF_UNPACKED} (candidate)"] * unpacked
     assert [entry["what"] for entry in compare["not_measured"]] == missing
     assert ("serving" in record["candidate"]) is not unpacked

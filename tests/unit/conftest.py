@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from model_server import Model, serving
 
-from quantize.measure.client import Client
+from quantize.measure.client import Client, VllmClient
 from quantize.servers import vllm
 
 
@@ -17,7 +17,7 @@ def model() -> Model:
 @pytest.fixture
 def client(model: Model) -> Iterator[Client]:
     with serving(model) as url:
-        client = Client(url, "model")
+        client = VllmClient(url, "model")
         yield client
         client.close()
 

@@ -26,7 +26,7 @@ from quantize.recipe_file import load_recipe
 from quantize.resolve import resolve
 from quantize.resources import shipped_root
 from quantize.runner import Runner
-from quantize.servers import vllm
+from quantize.servers import SERVERS, vllm
 from quantize.servers.base import Launch, ServedAdapter
 from quantize.stages import adapter, card, publish
 from quantize.stages.audit import check_kept_adapter
@@ -186,16 +186,16 @@ def test_requests_reach_the_adapter(tmp_path: Path) -> None:
         assert _adapter(given, asked) == ServedAdapter(
             "model", folder, 4, ("down_proj", "q_proj", "v_proj")
         )
-        assert _tokenizer(given, asked) == folder
+        assert _tokenizer(given, asked, SERVERS["vllm"]) == folder
     base = scope(resolved, "measure-base")
     assert _adapter(given, base) is None
-    assert _tokenizer(given, base) == folder
+    assert _tokenizer(given, base, SERVERS["vllm"]) == folder
 
 
 @pytest.mark.parametrize(("rank", "largest"), [(1, "1"), (4, "8"), (16, "16"), (200, "256")])
 def test_the_servers_command(rank: int, largest: str) -> None:
     launch = Launch(
-        python=Path("python"),
+        program=Path("python"),
         model=Path("/models/base"),
         served_name="base",
         port=1,

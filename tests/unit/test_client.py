@@ -9,7 +9,7 @@ import pytest
 from model_server import BOS, FIRST, VOCABULARY, Model, serving
 
 from quantize.errors import SourceError, ToolError, TransientError
-from quantize.measure.client import Client
+from quantize.measure.client import Client, VllmClient
 
 
 def test_what_the_server_says_of_itself(client: Client) -> None:
@@ -111,7 +111,7 @@ def test_a_refused_request_is_the_users(
 
 def test_a_model_that_is_not_served(model: Model) -> None:
     with serving(model) as url, pytest.raises(ToolError, match="answered 404: The model `other`"):
-        Client(url, "other").complete("a", 1)
+        VllmClient(url, "other").complete("a", 1)
 
 
 ASKS: list[Callable[[Client], Any]] = [
@@ -141,7 +141,7 @@ def test_a_server_that_breaks_off(
 @pytest.mark.parametrize("ask", ASKS)
 def test_a_server_that_is_gone(ask: Callable[[Client], Any], model: Model) -> None:
     with serving(model) as url:
-        client = Client(url, "model")
+        client = VllmClient(url, "model")
     assert not client.healthy()
     with pytest.raises(TransientError, match="stopped answering"):
         ask(client)
@@ -150,7 +150,7 @@ def test_a_server_that_is_gone(ask: Callable[[Client], Any], model: Model) -> No
 def test_a_proxy_is_not_asked(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    other = Client(client.base_url, "model")
+    other = VllmClient(client.base_url, "model")
     assert other.healthy()
     other.close()
 

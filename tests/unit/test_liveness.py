@@ -18,7 +18,7 @@ from child_process import alive
 from quantize.environments import Environments
 from quantize.errors import ToolError, TransientError
 from quantize.liveness import Patience, Watch
-from quantize.measure.client import Client
+from quantize.measure.client import Client, VllmClient
 from quantize.measure.watching import ServerWatch
 from quantize.process import Process
 from quantize.progress import LineView, Progress
@@ -167,7 +167,7 @@ def served(
     run, port = runner(folder, Patience()), free_port()
     command = [sys.executable, str(SERVER), str(port), fault]
     with run.process(command, "server") as process:
-        client = Client(f"http://127.0.0.1:{port}", "model")
+        client = VllmClient(f"http://127.0.0.1:{port}", "model")
         while b"line" not in process.log.read_bytes():
             time.sleep(0.05)
         time.sleep(0.2)
@@ -259,7 +259,7 @@ def test_a_server_that_answers_something_else(fault: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("fault", "seconds"), [("half", 0.5), ("mute", 0.5)])
 def test_a_client_by_itself_gives_up_too(fault: str, seconds: float, tmp_path: Path) -> None:
     with served(tmp_path, fault, Patience()) as (client, _):
-        impatient = Client(client.base_url, "model", timeout=seconds)
+        impatient = VllmClient(client.base_url, "model", timeout=seconds)
         with pytest.raises(TransientError, match="stopped answering at /v1/completions: ReadTime"):
             impatient.score([1, 4], 1)
         impatient.close()

@@ -17,8 +17,8 @@ from model_server import ALPHABET, BOS, VOCABULARY, Model, serving
 
 from quantize.errors import SourceError, ToolError, TransientError
 from quantize.keys import file_sha256
-from quantize.measure.client import Client
-from quantize.measure.perplexity import cut, measure, read_documents
+from quantize.measure.client import Client, VllmClient
+from quantize.measure.perplexity import cut, measure, read_documents, through
 from quantize.records import Perplexity
 from quantize.suite import PerplexityText
 
@@ -30,7 +30,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Client]]:
     """A tokenizer of each kind: what it adds around a text."""
     model = Model(bos=request.param != "neither", eos=request.param == "bos and eos")
     with serving(model) as url:
-        client = Client(url, "model")
+        client = VllmClient(url, "model")
         yield model, client
         client.close()
 
@@ -62,7 +62,8 @@ def run(
 ) -> Perplexity:
     given = PerplexityText(text="text.jsonl", **text)  # type: ignore[arg-type]
     path = text_file(folder, documents)
-    return measure(client, given, path, folder / "out.npz", concurrency, on_progress)
+    score = through(client, concurrency)
+    return measure(client, given, path, folder / "out.npz", score, on_progress)
 
 
 def test_perplexity_of_a_known_model(server: tuple[Model, Client], tmp_path: Path) -> None:

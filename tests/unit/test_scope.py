@@ -14,7 +14,13 @@ from quantize.recipe_file import load_recipe, load_suite
 from quantize.resolve import resolve
 from quantize.resources import shipped_names, shipped_root
 from quantize.stages.base import Resolved
-from quantize.stages.measure import embedding_rows, environments, key_inputs, largest_token_id
+from quantize.stages.measure import (
+    asks_base,
+    embedding_rows,
+    environments,
+    key_inputs,
+    largest_token_id,
+)
 
 TINY = shipped_root() / "examples" / "tiny_llama"
 VALLEY = "evaluate.text={text: ../eval/texts/valley.jsonl}"
@@ -65,6 +71,25 @@ def test_keys_say_what_is_asked(cache: Path) -> None:
     assert key_inputs(with_text, "measure-repeat")["again"] == 1
     quick = resolved(cache, "evaluate.quick=true")
     assert key_inputs(quick, "measure-baseline")["quick"] is True
+
+
+def test_the_endpoint_that_is_asked_is_in_the_key(cache: Path) -> None:
+    """Its address and model, and not the name of the variable with its key."""
+    baseline = "{url: 'http://a:1/v1', model: x}"
+    candidate = "{url: 'http://b:2', model: z, api_key_variable: KEY}"
+    ends = f"{{baseline: {baseline}, candidate: {candidate}}}"
+    given = resolved(cache, f"serve={{engine: url, endpoints: {ends}}}")
+    keys = {
+        stage: key_inputs(given, f"measure-{stage}")["serve"]
+        for stage in ("baseline", "candidate", "repeat")
+    }
+    assert keys["baseline"]["endpoint"] == {"url": "http://a:1", "model": "x"}
+    assert keys["candidate"]["endpoint"] == {"url": "http://b:2", "model": "z"}
+    assert keys["repeat"] == keys["baseline"]
+    assert "KEY" not in str(keys)
+    assert environments(given, "measure-baseline") == ("lmeval",)
+    assert (asks_base(given), asks_base(resolved(cache))) == (False, True)
+    assert "endpoint" not in key_inputs(resolved(cache), "measure-baseline")["serve"]
 
 
 def test_text_from_the_hub_needs_the_environment_that_downloads(cache: Path) -> None:

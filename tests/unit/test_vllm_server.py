@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from quantize.recipe import DEFAULT_SCHEME, SCHEMES, Serve
-from quantize.servers import SERVERS, vllm
+from quantize.recipe import Serve
+from quantize.servers import cannot_serve, vllm
 from quantize.servers.base import Launch
 
 
 def launch(accelerator: str = "cpu", **serve: Any) -> Launch:
     return Launch(
-        python=Path("/envs/vllm/bin/python"),
+        program=Path("/envs/vllm/bin/python"),
         model=Path("/models/a b"),
         served_name="model",
         port=8123,
@@ -28,7 +28,7 @@ def launch(accelerator: str = "cpu", **serve: Any) -> Launch:
 def options(made: Launch) -> dict[str, str]:
     """The command's options with their values; flags have none."""
     words = vllm.command(made)
-    assert words[:3] == [str(made.python), "-m", "vllm.entrypoints.openai.api_server"]
+    assert words[:3] == [str(made.program), "-m", "vllm.entrypoints.openai.api_server"]
     found: dict[str, str] = {}
     for word in words[3:]:
         if word.startswith("--"):
@@ -99,30 +99,17 @@ def test_another_checkpoints_tokenizer() -> None:
     assert "--tokenizer" not in options(launch())
 
 
-# --- what cannot be served ----------------------------------------------------------------------
+# --- what this machine lacks ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", sorted({s for many in SCHEMES.values() for s in many}))
-def test_what_a_cpu_does_not_serve(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
-    reason = vllm.cannot_serve(scheme, "cpu")
-    assert (reason is None) == (scheme in {"W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"})
-    assert vllm.cannot_serve(scheme, "cuda") is None
-
-
-@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM"])
-def test_four_bits_need_avx512_on_a_cpu(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
+def test_four_bits_need_avx512_on_a_cpu(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "cpu_has", lambda _flag: False)
-    assert "AVX-512" in str(vllm.cannot_serve(scheme, "cpu"))
-    assert vllm.cannot_serve(scheme, "cuda") is None
-    assert vllm.cannot_serve("FP8_DYNAMIC", "cpu") is None
-
-
-def test_what_a_method_makes_by_itself_is_served_everywhere(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    assert "AVX-512" in str(cannot_serve("vllm", form, "W4A16", "cpu"))
+    assert cannot_serve("vllm", form, "W4A16", "cuda") is None
+    assert cannot_serve("vllm", "compressed-tensors", "FP8_DYNAMIC", "cpu") is None
     monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
-    assert not [s for s in DEFAULT_SCHEME.values() if vllm.cannot_serve(s, "cpu")]
+    assert cannot_serve("vllm", form, "W4A16", "cpu") is None
 
 
 # --- logs -----------------------------------------------------------------------------------------
@@ -185,10 +172,3 @@ def test_remedies(message: str, remedy: str | None) -> None:
 )
 def test_size_of_the_kv_cache(log: str, tokens: int | None) -> None:
     assert vllm.kv_cache_tokens({}, log) == tokens
-
-
-def test_the_table_offers_what_the_protocol_asks() -> None:
-    for name, server in SERVERS.items():
-        assert name == server.NAME
-        assert server.ENVIRONMENT
-        assert server.START_SECONDS > 0

@@ -31,9 +31,11 @@ def health_deltas(
         "ended_early": ended_early,
         "cut_off": lambda answer: answer["finish_reason"] == "length",
         "invalid_utf8": lambda answer: answer["replacement_characters"] > 0,
-        "template_echo": lambda answer: bool(answer["echoed"]),
     }
     found = [_delta(name, fault, pairs) for name, fault in faults.items() if pairs]
+    written = [pair for pair in pairs if all("echoed" in side for side in pair)]
+    if written:
+        found.append(_delta("template_echo", lambda answer: bool(answer["echoed"]), written))
     with_schema = [pair for pair in pairs if all("schema_error" in side for side in pair)]
     if with_schema:
         found.append(_delta("schema_valid", _breaks_schema, with_schema))
