@@ -12,6 +12,7 @@ from typing import Any
 
 from quantize.adapter import tokenizer_folder
 from quantize.checkpoint import EMBEDDING, model_folder, read_checkpoint
+from quantize.keys import digest
 from quantize.measure.scope import Scope, scope
 from quantize.model_files import read_json_object
 from quantize.protocol import write_json
@@ -70,7 +71,8 @@ def _served(resolved: Resolved, entry_id: str) -> dict[str, Any]:
         return values
     candidate = entry_id == "measure-candidate"
     endpoint = serve.endpoints.candidate if candidate else serve.endpoints.baseline
-    return values | {"endpoint": {"url": endpoint.base_url, "model": endpoint.model}}
+    # its address's digest: what a key is made of is published with the card
+    return values | {"endpoint": {"url": digest(endpoint.base_url), "model": endpoint.model}}
 
 
 def _texts(asked: Scope) -> list[str]:

@@ -19,7 +19,8 @@ PERPLEXITY = 2.1500
 @pytest.fixture(scope="module")
 def record(work: Work) -> dict[str, Any]:
     evaluate = "evaluate={suite: tiny, gate: {tasks: [valley_qa], inconclusive: pass}}"
-    result = work.run("tiny-llama-gguf", "--set", evaluate, "--set", "quantize.scheme=Q8_0")
+    sets = ("--set", evaluate, "--set", "quantize.scheme=Q8_0")
+    result = work.run("tiny-llama-gguf", *sets, "--until", "card")
     made: dict[str, Any] = json.loads(Path(result["places"]["record"]).read_text())
     return made
 

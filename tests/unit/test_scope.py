@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from quantize.keys import digest
 from quantize.measure.client import MAX_CONNECTIONS
 from quantize.measure.scope import Scope, quick_subset, scope
 from quantize.measure.serving import TASK_TOKENS, concurrency, longest_request
@@ -83,10 +84,11 @@ def test_the_endpoint_that_is_asked_is_in_the_key(cache: Path) -> None:
         stage: key_inputs(given, f"measure-{stage}")["serve"]
         for stage in ("baseline", "candidate", "repeat")
     }
-    assert keys["baseline"]["endpoint"] == {"url": "http://a:1", "model": "x"}
-    assert keys["candidate"]["endpoint"] == {"url": "http://b:2", "model": "z"}
+    assert keys["baseline"]["endpoint"] == {"url": digest("http://a:1"), "model": "x"}
+    assert keys["candidate"]["endpoint"] == {"url": digest("http://b:2"), "model": "z"}
     assert keys["repeat"] == keys["baseline"]
     assert "KEY" not in str(keys)
+    assert "http" not in str(keys)  # what a key is made of is published
     assert environments(given, "measure-baseline") == ("lmeval",)
     assert (asks_base(given), asks_base(resolved(cache))) == (False, True)
     assert "endpoint" not in key_inputs(resolved(cache), "measure-baseline")["serve"]
