@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantize.building import missing_compiler
 from quantize.environments import ENVIRONMENTS, Environments, uv
 from quantize.errors import ResourceError
 from quantize.findings import Finding, Told
@@ -25,6 +26,8 @@ SIZES_GB = {
     ("vllm", "cuda"): 12,
     ("lmeval", "cpu"): 1,
     ("lmeval", "cuda"): 1,
+    ("llamacpp", "cpu"): 2,
+    ("llamacpp", "cuda"): 8,
 }
 """Disk that an installation takes, about; see docs/environments.md."""
 
@@ -62,7 +65,7 @@ def check_environments(environments: Environments, names: Sequence[str]) -> Told
             told.findings.append(_broken(environments, name, problem))
     if absent:
         told.notes += [_to_install(environments, name) for name in absent]
-        told.findings += _without_uv()
+        told.findings += _without_uv() + _without_compiler(absent)
     return told
 
 
@@ -104,7 +107,15 @@ def _broken(environments: Environments, name: str, problem: str) -> Finding:
 def _to_install(environments: Environments, name: str) -> str:
     size = SIZES_GB.get((name, environments.accelerator))
     about = f", about {size} GB" if size else ""
-    return f"environment {name} is not installed yet: the run installs it (minutes{about})"
+    compiles = ENVIRONMENTS[name].build is not None
+    how = "compiles and installs it (5 to 30 minutes" if compiles else "installs it (minutes"
+    return f"environment {name} is not installed yet: the run {how}{about})"
+
+
+def _without_compiler(names: Sequence[str]) -> list[Finding]:
+    builds = [(name, ENVIRONMENTS[name].build) for name in names]
+    found = [missing_compiler(name, build) for name, build in builds if build is not None]
+    return [finding for finding in found if finding is not None]
 
 
 def _without_uv() -> list[Finding]:

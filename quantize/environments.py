@@ -4,6 +4,7 @@
 what is installed. An environment lives in `<cache>/environments/<name>-<hash of the lock>` and is
 complete or absent: it is built in a staging folder under a file lock, checked by importing what it
 is for, marked, and renamed. The interpreter is entered by its path; nothing is ever activated.
+Where a part of it is compiled (:mod:`quantize.building`), the settings are in the hash.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 from filelock import Timeout
 
+from quantize.building import Build, compiled, require_compiler
 from quantize.disk import FULL, room, spoken
 from quantize.errors import ResourceError, UsageError
 from quantize.keys import digest
@@ -42,6 +44,7 @@ class Environment:
     locks: Mapping[str, str]  # accelerator → file in envs/
     imports: tuple[str, ...]
     python: str = "3.11"  # what the locks were compiled for
+    build: Build | None = None  # a package of the lock that is compiled here
 
 
 ENVIRONMENTS: dict[str, Environment] = {
@@ -74,6 +77,19 @@ ENVIRONMENTS: dict[str, Environment] = {
         "evaluates: lm-evaluation-harness through the server's API",
         {"cpu": "lmeval.lock", "cuda": "lmeval.lock"},
         imports=("lm_eval", "transformers"),
+    ),
+    "llamacpp": Environment(
+        "llamacpp",
+        "makes and serves GGUF: llama.cpp, compiled here, with its converter",
+        {"cpu": "llamacpp.cpu.lock", "cuda": "llamacpp.cuda.lock"},
+        imports=("llama_cpp", "conversion", "gguf", "transformers"),
+        build=Build(
+            "llama-cpp-python",
+            "llama_cpp",
+            "llamacpp.cmake",
+            "llamacpp.build.txt",
+            ("llama_cpp", "vendor/llama.cpp/conversion", "vendor/llama.cpp/gguf-py/gguf"),
+        ),
     ),
 }
 
@@ -115,7 +131,9 @@ class Environments:
             return digest({"python": str(python), "distributions": found})
         environment = ENVIRONMENTS[name]
         lock = (FOLDER / environment.locks[self.accelerator]).read_text(encoding="utf-8")
-        return digest([lock, environment.python])
+        if environment.build is None:
+            return digest([lock, environment.python])
+        return digest([lock, environment.python, environment.build.digest(self.accelerator)])
 
     def folder(self, name: str) -> Path:
         """Where the environment is, or would be."""
@@ -178,6 +196,8 @@ class Environments:
 
     def _build(self, name: str, final: Path, progress: Progress, log: Path) -> None:
         environment = ENVIRONMENTS[name]
+        if environment.build is not None:
+            require_compiler(name, environment.build)
         staging = final.with_name(f".{final.name}.staging")
         # We hold the lock: whatever is here was left by a killed install.
         shutil.rmtree(staging, ignore_errors=True)
@@ -227,6 +247,9 @@ class Environments:
         total = sum(1 for line in lock.read_text().splitlines() if "==" in line and line[0] != " ")
         command = [*self._uv("pip"), "install", "--python", str(staging / "bin" / "python")]
         command += ["--requirements", str(lock), "--no-deps"]
+        objects = staging / "build"
+        if environment.build is not None:
+            command += environment.build.arguments(self.accelerator, objects)
         variables = {}
         if self.accelerator == "cpu":
             # PyPI has no CPU build of torch: a folder of wheels if pip was given one, otherwise
@@ -239,14 +262,19 @@ class Environments:
             elif "UV_FIND_LINKS" not in os.environ:
                 command += ["--torch-backend", "cpu"]
         with Process(command, log=log, env=index_variables() | variables) as process:
-            done = 0
-            hung = guard(process, f"installing {environment.name}", DEFAULT_PATIENCE, lambda: done)
+            done = made = 0
+            hung = guard(
+                process, f"installing {environment.name}", DEFAULT_PATIENCE, lambda: done + made
+            )
 
             def tick() -> None:
-                nonlocal done
+                nonlocal done, made
                 done = sum(1 for _ in staging.glob("lib/*/site-packages/*.dist-info"))
+                made, objects_wanted = compiled(objects)
                 if done:
                     progress.step(f"installing {environment.name}", done, total, "packages")
+                elif objects_wanted:
+                    progress.step(f"compiling {environment.name}", made, objects_wanted, "files")
                 else:  # uv links nothing before everything is downloaded and unpacked
                     megabytes = written_bytes(process.pid) // 1_000_000
                     progress.step(f"downloading {environment.name}", megabytes, 0, "MB unpacked")
@@ -258,6 +286,7 @@ class Environments:
                     f"{self._said(process.tail())}",
                     f"the whole log is {log}; `quantize setup` tries again from where it was",
                 )
+        shutil.rmtree(objects, ignore_errors=True)
 
     def _said(self, tail: str) -> str:
         """Uv's last lines; where they tell of a full disk, what is free where it installs."""

@@ -226,7 +226,12 @@ class ModuleFormats:
 
 
 def module_formats(quantize: Quantize) -> ModuleFormats:
-    """What a recipe's quantize block promises of each linear."""
+    """What a recipe's quantize block promises of each linear.
+
+    Nothing for GGUF: llama.cpp's types are mixtures, see :mod:`quantize.gguf_types`.
+    """
+    if quantize.effective_format == "gguf":
+        return ModuleFormats(("re:.*",), ())
     rules = [
         Rule(
             f"quantize.overrides[{index}]",

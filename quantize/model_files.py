@@ -35,6 +35,9 @@ __all__ = [
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+IMATRIX = "imatrix.gguf"
+"""llama.cpp's importance matrix: a GGUF file that is no model."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -147,6 +150,12 @@ def chat_template(folder: Path) -> str | None:
             if isinstance(entry, dict) and entry.get("name") == "default":
                 return str(entry.get("template", ""))
     return None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of an artifact, or of what was published of it, holds the model's weights."""
+    file = name.rpartition("/")[2]
+    return file.endswith(".safetensors") or (file.endswith(".gguf") and file != IMATRIX)
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import cast
 
 from quantize.keys import difference, digest
 from quantize.plan import Plan, StageEntry
-from quantize.resolve import measures_base
+from quantize.resolve import measures_base, wants_base
 from quantize.stages import (
     adapter,
     adopt,
@@ -19,6 +19,7 @@ from quantize.stages import (
     compress,
     convert,
     fetch,
+    gguf,
     measure,
     publish,
 )
@@ -30,6 +31,7 @@ STAGES: dict[str, Stage] = {
     for kind, module in (
         ("fetch", fetch),
         ("adapter", adapter),
+        ("gguf", gguf),
         ("calibrate", calibrate),
         ("compress", compress),
         ("adopt", adopt),
@@ -65,6 +67,8 @@ def plan(resolved: Resolved, lock_digest: Callable[[str], str]) -> Plan:
             f"measure-candidate: the weights are unpacked to BF16 for the measurement, without "
             f"latency and throughput: {reason}"
         )
+    if "gguf" in entries and wants_base(resolved.recipe, resolved.suite):
+        notes.append("the base is not measured: of a GGUF recipe only the source becomes GGUF")
     return Plan(resolved.recipe.name, resolved.accelerator, tuple(entries.values()), tuple(notes))
 
 
@@ -110,6 +114,9 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     apart = _apart(resolved)
     if apart:
         graph.append((adapter.FETCH_ADAPTER, "adapter", fetched))
+    converted = _converted(resolved)
+    if converted:
+        graph.append(("gguf", "gguf", fetched))
     calibrated: dict[str, str] = {}
     if recipe.calibrates:
         graph.append(("calibrate", "calibrate", fetched | apart))
@@ -117,12 +124,12 @@ def _graph(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     if recipe.quantize.artifact is not None:
         graph.append(("adopt", "adopt", fetched))
     else:
-        graph.append(("compress", "compress", fetched | calibrated))
+        graph.append(("compress", "compress", fetched | calibrated | converted))
     if recipe.quantize.repacks:
         graph.append(("convert", "convert", fetched | {"compress": "compress"}))
     result = result_stage(resolved)
     made = fetched | {"compress": result} | apart
-    graph.append(("audit", "audit", made))
+    graph.append(("audit", "audit", made | converted))
     made = made | {"audit": "audit"}
     measured: dict[str, str] = {}
     if resolved.suite is not None:
@@ -156,11 +163,18 @@ def _apart(resolved: Resolved) -> dict[str, str]:
     return {"adapter": adapter.FETCH_ADAPTER} if keeps else {}
 
 
+def _converted(resolved: Resolved) -> dict[str, str]:
+    """Role and stage of the source as GGUF, where llama.cpp quantizes."""
+    return {"gguf": "gguf"} if resolved.recipe.quantize.effective_format == "gguf" else {}
+
+
 def _measurements(resolved: Resolved) -> list[tuple[str, str, dict[str, str]]]:
     """Baseline and candidate; the baseline again for its noise; the base for retention."""
     evaluate = resolved.recipe.evaluate
     assert evaluate is not None, "a suite comes from an evaluate block"
-    served = {"fetch": "fetch", "model": "fetch"} | _apart(resolved)
+    # llama.cpp serves GGUF alone: what it is held against is the source in that form.
+    original = _converted(resolved).get("gguf", "fetch")
+    served = {"fetch": "fetch", "model": original} | _apart(resolved)
     graph = [
         ("measure-baseline", "measure", served),
         ("measure-candidate", "measure", served | {"model": result_stage(resolved)}),

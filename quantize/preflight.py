@@ -14,7 +14,8 @@ from quantize.stages.base import Resolved
 from quantize.targets import Hub
 
 ALL = frozenset(
-    {"fetch", "adapter", "calibrate", "compress", "adopt", "convert", "measure", "card", "publish"}
+    {"fetch", "adapter", "gguf", "calibrate", "compress", "adopt", "convert"}
+    | {"measure", "card", "publish"}
 )
 
 

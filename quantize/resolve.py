@@ -134,7 +134,15 @@ def _resolve_model(recipe: Recipe, folder: Path, inputs: _Inputs) -> None:
 
 
 def measures_base(recipe: Recipe, suite: Suite | None) -> bool:
-    """Whether the model that was fine-tuned is measured too, for retention."""
+    """Whether the model that was fine-tuned is measured too, for retention.
+
+    Not beside GGUF: what serves GGUF would need the base in that form, too.
+    """
+    return wants_base(recipe, suite) and recipe.quantize.effective_format != "gguf"
+
+
+def wants_base(recipe: Recipe, suite: Suite | None) -> bool:
+    """Whether the recipe asks for it."""
     evaluate = recipe.evaluate
     wanted = evaluate is not None and evaluate.retention and recipe.model.base is not None
     return wanted and suite is not None and bool(suite.tasks)

@@ -35,6 +35,7 @@ SLACK_BYTES = 256 << 20
 
 CHECKED = {
     "fetch": ("fetch",),
+    "gguf": ("gguf",),
     "calibrate": ("calibrate",),
     "compress": ("compress",),
     "adopt": ("adopt",),

@@ -18,6 +18,7 @@ from quantize.formats import (
     layout_bytes,
     module_formats,
 )
+from quantize.gguf_types import estimated_bytes
 from quantize.header_checks import check_headers, promises_of
 from quantize.modules import matches, module_name, nearest, served_unit
 from quantize.parallel_checks import check_tensor_parallel, parallel_faults
@@ -58,7 +59,12 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
 
 
 def check_schemes(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
-    """Module patterns, group sizes, blocks, tied heads, and what is served as one matrix."""
+    """Module patterns, group sizes, blocks, tied heads, and what is served as one matrix.
+
+    Nothing for GGUF: llama.cpp falls back to other types where shapes do not fit.
+    """
+    if recipe.quantize.effective_format == "gguf":
+        return []
     formats = module_formats(recipe.quantize)
     findings = _check_patterns(checkpoint, formats)
     chosen = _chosen(checkpoint, formats)
@@ -100,8 +106,11 @@ def chosen_weights(checkpoint: Checkpoint, quantize: Quantize) -> list[tuple[Ten
 def promised_bytes(checkpoint: Checkpoint, recipe: Recipe, stored: str | None = None) -> int:
     """Bytes of the artifact's tensors: quantized ones by their format, the others as they are.
 
-    `stored`: name of a format; that which the recipe wants if absent.
+    `stored`: name of a format; that which the recipe wants if absent. Of GGUF an estimate, by the
+    bits that the type has on a large model.
     """
+    if recipe.quantize.effective_format == "gguf":
+        return estimated_bytes(recipe.quantize.effective_scheme, checkpoint.parameters)
     layout = format_of(stored or recipe.quantize.effective_format).layout
     chosen = {i.name: r.form for i, r in _chosen(checkpoint, module_formats(recipe.quantize))}
     return sum(

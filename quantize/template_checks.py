@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,18 @@ def check_chat_template(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def render(
-    template: str, variables: dict[str, str], limit_seconds: float = LIMIT_SECONDS
+    template: str,
+    variables: dict[str, str],
+    conversations: Sequence[list[dict[str, Any]]] = CONVERSATIONS,
+    limit_seconds: float = LIMIT_SECONDS,
 ) -> Rendered:
-    """Every conversation of CONVERSATIONS through the template, in a process that is ended."""
+    """Every conversation through the template, in a process that is ended."""
     with tempfile.TemporaryDirectory(prefix="quantize-template-") as scratch:
         folder = Path(scratch)
         request, result = folder / "request.json", folder / "result.json"
         write_json(
             request,
-            {"template": template, "variables": variables, "conversations": CONVERSATIONS},
+            {"template": template, "variables": variables, "conversations": conversations},
         )
         command = [sys.executable, "-I", str(CHILD), str(request), str(result)]
         until = time.monotonic() + limit_seconds

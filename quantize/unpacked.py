@@ -30,6 +30,8 @@ ROWS = 1024
 def is_weight_only(quantize: Quantize) -> bool:
     """Whether no scheme of the recipe quantizes activations."""
     schemes = [quantize.effective_scheme, *(part.scheme for part in quantize.overrides)]
+    if quantize.effective_format == "gguf":
+        return False  # what serves GGUF computes with its weights as they are
     return all(weight_format(scheme, None).activations is None for scheme in schemes)
 
 

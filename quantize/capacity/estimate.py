@@ -131,6 +131,8 @@ def stage_needs(
         match kind:
             case "fetch":
                 one = _fetch(checkpoint, recipe, stage, stage in downloads)
+            case "gguf":
+                one = _gguf(checkpoint, stage)
             case "calibrate":
                 one = _calibrate(recipe, stage, kind)
             case "compress":
@@ -185,7 +187,36 @@ def _calibrate(recipe: Recipe, stage: str, kind: str) -> Needs:
     return Needs(stage, kind, host, None, 0, (Part("tokens and rows", TOKEN_BYTES * tokens),))
 
 
+def _gguf(checkpoint: Checkpoint, stage: str) -> Needs:
+    """llama.cpp's converter holds one tensor at a time, in FP32 beside its BF16 form."""
+    largest = max((info.elements for info in checkpoint.tensors.values()), default=0)
+    host = Peak(
+        "converting",
+        (
+            Part("the largest tensor", (FP32 + BF16) * largest),
+            Part("interpreter and libraries", IMPORTS_BYTES["cpu"], spare=True),
+        ),
+    )
+    disk = (Part("the checkpoint as GGUF", BF16 * checkpoint.parameters),)
+    return Needs(stage, "gguf", host, None, 0, disk)
+
+
+def _compress_gguf(checkpoint: Checkpoint, recipe: Recipe, stage: str) -> Needs:
+    """llama-imatrix maps the BF16 file, which is slow where it does not fit; no GPU is needed."""
+    host = Peak(
+        "importance matrix" if recipe.calibrates else "",
+        (
+            Part("the checkpoint, mapped", BF16 * checkpoint.parameters, spare=True),
+            Part("interpreter and libraries", IMPORTS_BYTES["cpu"], spare=True),
+        ),
+    )
+    artifact = Part("the quantized file", promised_bytes(checkpoint, recipe))
+    return Needs(stage, "compress", host, None, 0, (artifact,))
+
+
 def _compress(checkpoint: Checkpoint, recipe: Recipe, stage: str, device: str) -> Needs:
+    if recipe.quantize.effective_format == "gguf":
+        return _compress_gguf(checkpoint, recipe, stage)
     model, run = decoder(checkpoint, recipe.quantize), engine_run(recipe, device)
     written = ENGINES[recipe.quantize.engine].FORMAT
     artifact = Part("the quantized checkpoint", promised_bytes(checkpoint, recipe, written))

@@ -153,7 +153,7 @@ def _least(checkpoint: Checkpoint, recipe: Recipe, target: Gpus) -> float | None
 
 def _on_cards(checkpoint: Checkpoint, recipe: Recipe, money: Money) -> tuple[OnCard, ...]:
     (compress,) = stage_needs(checkpoint, recipe, "cuda", [("compress", "compress")])
-    assert compress.device is not None, "quantizing on a GPU takes some of its memory"
+    on_device = compress.device.bytes if compress.device is not None else 0
     shape = attention(checkpoint.text_config)
     weights = served_bytes(checkpoint, recipe, "measure-candidate", False)
     value = cache_value_bytes(recipe, "measure-candidate")
@@ -169,7 +169,7 @@ def _on_cards(checkpoint: Checkpoint, recipe: Recipe, money: Money) -> tuple[OnC
     return tuple(
         OnCard(
             card=card,
-            quantizes=card.cuda and compress.device.bytes <= card.bytes,
+            quantizes=card.cuda and on_device <= card.bytes,
             baseline=fitting_size(checkpoint, recipe, card.bytes, "measure-baseline", whole),
             context={size: context(card, size) for size in SHOWN_SIZES},
             per_million=money.per_million(card.name),

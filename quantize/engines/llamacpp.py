@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +15,9 @@ SAID = "llama.cpp's converter and quantizer"
 ENVIRONMENT = "llamacpp"
 WORKER = "gguf"
 FORMAT = "gguf"
+ARCHITECTURES = Path(__file__).parent.parent / "data" / "llamacpp.json"
+"""`TEXT_MODEL_MAP` of llama.cpp's conversion/__init__.py, of the version that the lock pins."""
+
 METHODS: Mapping[str, tuple[str, ...]] = {
     "gguf": (
         "Q4_K_M",
@@ -40,5 +45,14 @@ def cannot_do(quantize: Quantize) -> str | None:
 
 
 def cannot_read(config: Mapping[str, Any]) -> str | None:
-    """See the protocol."""
-    return None
+    """The converter has a class for each architecture; tokenizers are looked at when it runs."""
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else "no architecture"
+    table = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    if architecture in table["architectures"]:
+        return None
+    version = table["llama-cpp-python"]
+    return (
+        f"llama.cpp's converter (of llama-cpp-python {version}) does not know {architecture}: it "
+        f"has {len(table['architectures'])} architectures"
+    )

@@ -9,7 +9,7 @@ if [ -n "${PIP_FIND_LINKS:-}" ]; then
     backend=""
     for place in $PIP_FIND_LINKS; do backend="$backend --find-links $place"; done
 fi
-for name in llmcompressor vllm autoawq gptqmodel; do
+for name in llmcompressor llamacpp vllm autoawq gptqmodel; do
     override=""
     if [ -e "$name.override.txt" ]; then override="--override $name.override.txt"; fi
     uv pip compile $common "make locks" --python-platform x86_64-manylinux_2_28 $backend \

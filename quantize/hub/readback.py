@@ -16,7 +16,7 @@ RANGE_BYTES = 64 << 10
 """Length of the random range that is compared of each shard."""
 
 LONGEST_HEADER_BYTES = 8 << 20
-"""What is compared of a safetensors header at most."""
+"""What is compared of a header at most."""
 
 
 def verify_tree(
@@ -31,7 +31,7 @@ def verify_tree(
 
 
 def verify_shards(access: Access, target: Target, commit: str, local: Local) -> bool:
-    """Read the header and a random range of each safetensors file back, and compare.
+    """Read the header and a random range of each file of weights back, and compare.
 
     The range follows from commit and name, so that it can be repeated. False when the Hub answers
     with whole files instead of ranges: then only their beginnings were compared, and no file is
@@ -39,7 +39,7 @@ def verify_shards(access: Access, target: Target, commit: str, local: Local) -> 
     """
     wrong, in_ranges = [], True
     for entry in local.entries:
-        if not entry.name.endswith(".safetensors") or entry.bytes == 0:
+        if not entry.name.endswith((".safetensors", ".gguf")) or entry.bytes == 0:
             continue
         path = local.paths[entry.name]
         for start, count in (_header(path, entry), _random_range(commit, entry)):
@@ -88,7 +88,12 @@ def read_range(
 
 
 def _header(path: Path, entry: FileEntry) -> tuple[int, int]:
-    """(0, bytes of the header and of its length), as the local file states them."""
+    """(0, bytes of the header and of its length), as the local file states them.
+
+    GGUF's has no length: its beginning is in the first range, most often all of it.
+    """
+    if entry.name.endswith(".gguf"):
+        return 0, min(LONGEST_HEADER_BYTES, entry.bytes)
     length = int.from_bytes(_read(path, 0, 8), "little")
     return 0, min(8 + length, LONGEST_HEADER_BYTES, entry.bytes)
 

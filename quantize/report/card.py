@@ -17,6 +17,7 @@ from quantize.report.card_commands import (
     verify_command,
     vllm_command,
 )
+from quantize.report.card_gguf import gguf_card
 from quantize.report.card_metadata import eval_results, front_matter_values
 from quantize.report.card_plots import alt_text
 from quantize.report.card_serving import memory, parallel_sizes
@@ -117,6 +118,7 @@ def card_variables(record: Record) -> dict[str, Any]:
         "retention_rows": retention_rows(compare) if compare else [],
         "health_rows": health_rows(compare) if compare else [],
         "noise": noise_text(compare) if compare else "",
+        "gguf": gguf_card(record),
         "vllm": vllm_command(record),
         "sglang": sglang_command(record),
         "sglang_caution": sglang_caution(record),

@@ -25,6 +25,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 _ADDRESS = re.compile(r"https?://[^\s<>\"']+")
 
 TAGS = ("compressed-tensors", "vllm", "quantized")
+GGUF_TAGS = ("gguf", "llama.cpp", "ollama", "quantized")
 TASK = {"type": "text-generation", "name": "Text Generation"}
 DIGITS = 4
 """Of values in the front matter, as in the card's tables."""
@@ -68,10 +69,14 @@ def front_matter_values(record: Record) -> dict[str, Any]:
     if languages:
         values["language"] = languages
     quantize = record["recipe"]["quantize"]
+    is_gguf = "gguf" in record["audit"]
+    tags = GGUF_TAGS if is_gguf else TAGS
     values |= {
-        "library_name": "transformers",
+        "library_name": "gguf" if is_gguf else "transformers",
         "pipeline_tag": TASK["type"],
-        "tags": [*quantize["method"].split("+"), quantize["scheme"].lower(), *TAGS],
+        "tags": list(
+            dict.fromkeys([*quantize["method"].split("+"), quantize["scheme"].lower(), *tags])
+        ),
         "quantized_by": "quantize",
     }
     results = _results(record)

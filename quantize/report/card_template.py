@@ -24,7 +24,8 @@ VARIABLES = frozenset(
     (
         *("record", "front", "method", "text", "size_ratio", "ratio", "ratio_low", "ratio_high"),
         *("recovery", "verdict", "size_rows", "memory", "quality_rows", "plots", "verdict_rows"),
-        *("retention_rows", "health_rows", "noise", "answers", "smoke", "serving_rows", "vllm"),
+        *("retention_rows", "health_rows", "noise", "answers", "smoke", "serving_rows"),
+        *("gguf", "vllm"),
         *("parallel_sizes", "sglang", "sglang_caution", "transformers_code", "verify_command"),
         *("audit", "engine"),
         *("calibration", "versions", "recipe_yaml"),

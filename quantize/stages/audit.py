@@ -1,12 +1,14 @@
 """Audit: is the artifact the source, quantized as the recipe says, and nothing else?
 
 Inputs: `fetch` (the source) and `compress` (the artifact); `adapter`, where one is kept apart,
-which must be what was fetched and fit the artifact. Writes `audit.json`::
+which must be what was fetched and fit the artifact; `gguf`, where llama.cpp quantizes, which must
+be the source (:mod:`quantize.gguf_checks`). Writes `audit.json`::
 
     {"checks": [{"name", "passed", "detail"}], "quantized_modules": int, "kept_modules": [str],
      "bytes": {"source": int, "artifact": int, "expected": int},  # tensors, without headers
      "size_ratio": float,                                         # artifact / source
-     "tensor_parallel": {"1": [], "2": [what does not split evenly], ...}}  # by shapes alone
+     "tensor_parallel": {"1": [], "2": [what does not split evenly], ...},  # by shapes alone
+     "gguf"?: {"file", "bytes", "type", "bits_per_weight", "formats": {number format: tensors}}}
 
 A failed check is a ToolError: the compress stage made something that must not be measured.
 """
@@ -14,6 +16,7 @@ A failed check is a ToolError: the compress stage made something that must not b
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,18 @@ from quantize.checkpoint import Checkpoint, chat_template, model_folder, read_ch
 from quantize.config_checks import check_model_config, check_quantization_config
 from quantize.errors import SourceError, ToolError
 from quantize.formats import module_formats
+from quantize.gguf_checks import check_converted, check_quantized
+from quantize.gguf_file import read_gguf
+from quantize.gguf_values import is_quantized
 from quantize.keys import file_sha256
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json
 from quantize.recipe import Quantize, Recipe
 from quantize.remote_code import LET_IN
 from quantize.source_checks import tensor_parallel_faults
+from quantize.stages import gguf
 from quantize.stages.base import Resolved, StageContext
+from quantize.stages.compress import gguf_name
 from quantize.store import Artifact
 from quantize.stored import stored_as
 
@@ -95,9 +103,15 @@ def run(context: StageContext) -> None:
         done += more
         progress.step("reading tensors", done / 1e9, total / 1e9, "GB")
 
-    total = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
-    audit = audit_folder(source, artifact, context.recipe.quantize, report)
-    audit["tensor_parallel"] = tensor_parallel(source, context.recipe)
+    if "gguf" in context.inputs:
+        original = model_folder(context.inputs["gguf"]) / gguf.FILE
+        file = artifact / gguf_name(context.resolved)
+        total = source_bytes(source) + 2 * original.stat().st_size
+        audit = audit_gguf(source, original, file, context.recipe.quantize, report)
+    else:
+        total = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
+        audit = audit_folder(source, artifact, context.recipe.quantize, report)
+        audit["tensor_parallel"] = tensor_parallel(source, context.recipe)
     if "adapter" in context.inputs:
         check = check_kept_adapter(context.inputs["adapter"], read_checkpoint(source, code=LET_IN))
         audit["checks"].append(asdict(check))
@@ -157,6 +171,49 @@ def audit_folder(
         },
         "size_ratio": artifact.weight_bytes / source.weight_bytes,
     }
+
+
+def audit_gguf(
+    source_folder: Path,
+    converted_file: Path,
+    made_file: Path,
+    quantize: Quantize,
+    report: Any = lambda _: None,
+) -> dict[str, Any]:
+    """The content of `audit.json` for a GGUF file, the BF16 one before it, and their source."""
+    source = read_checkpoint(source_folder, code=LET_IN)
+    scheme = quantize.effective_scheme
+    try:
+        converted, made = read_gguf(converted_file), read_gguf(made_file)
+    except SourceError as error:
+        return {"checks": [asdict(Check("the artifact can be read", False, error.message))]}
+    checks = check_converted(source, converted, report)
+    checks += check_quantized(converted, made, scheme, report)
+    quantized = [tensor for tensor in made.tensors.values() if is_quantized(tensor)]
+    return {
+        "checks": [asdict(check) for check in checks],
+        "quantized_modules": len(quantized),
+        "kept_modules": [],
+        "bytes": {
+            "source": source.weight_bytes,
+            "artifact": made.weight_bytes,
+            "expected": made.weight_bytes,  # what the header says, and the reader has seen is there
+        },
+        "size_ratio": made.weight_bytes / source.weight_bytes,
+        "tensor_parallel": {},  # llama.cpp splits by layers or rows as it finds room
+        "gguf": {
+            "file": made_file.name,
+            "bytes": made_file.stat().st_size,
+            "type": scheme,
+            "bits_per_weight": made.bits_per_weight,
+            "formats": dict(Counter(tensor.type.name for tensor in made.tensors.values())),
+        },
+    }
+
+
+def source_bytes(folder: Path) -> int:
+    """Of the source's weights, for progress."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def tensor_parallel(folder: Path, recipe: Recipe) -> dict[str, list[str]]:

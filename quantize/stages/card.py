@@ -8,7 +8,7 @@ Writes `record.json`::
      "source_name", "adapter_name"?, "fine_tuned_from"?, "base_models": [Hub ids],
      "source": source.json without its folder,
      "adapter"?: adapter.json, where the adapter is kept apart,
-     "size": {"baseline_bytes", "candidate_bytes", "parameters"},   # safetensors files
+     "size": {"baseline_bytes", "candidate_bytes", "parameters"},   # files of weights
      "plots": [names of the pictures in `plots/`], "card_template"?: sha256 of `card.md.j2`,
      "calibration"?: calibrate.json + "data_digest" and "tokens_sha256",
      "compress": compress.json, "audit": audit.json,
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import __version__
 from quantize.errors import SourceError
+from quantize.model_files import is_weights
 from quantize.protocol import write_atomic, write_json
 from quantize.report.redact import base_name, redact
 from quantize.report.results import HUB_ID
@@ -187,13 +188,13 @@ def _names(recipe: Recipe, source: dict[str, Any], apart: dict[str, Any] | None)
 
 
 def _size(context: StageContext, source: dict[str, Any]) -> dict[str, int]:
-    """Bytes of the safetensors files before and after, and elements of the original's tensors."""
+    """Bytes of the weights' files before and after, and elements of the original's tensors."""
     after = context.inputs["compress"].manifest.files
     return {
         "baseline_bytes": sum(
             file["bytes"] for file in source["files"] if file["name"].endswith(".safetensors")
         ),
-        "candidate_bytes": sum(file.bytes for file in after if file.name.endswith(".safetensors")),
+        "candidate_bytes": sum(file.bytes for file in after if is_weights(file.name)),
         "parameters": source["parameters"],
     }
 

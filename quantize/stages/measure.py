@@ -14,7 +14,7 @@ from quantize.adapter import tokenizer_folder
 from quantize.checkpoint import EMBEDDING, model_folder, read_checkpoint
 from quantize.keys import digest
 from quantize.measure.scope import Scope, scope
-from quantize.model_files import read_json_object
+from quantize.model_files import is_weights, read_json_object
 from quantize.protocol import write_json
 from quantize.records import MEASURE_SCHEMA, MeasureRecord, Missing
 from quantize.remote_code import LET_IN
@@ -205,7 +205,7 @@ def _subject(context: StageContext) -> Any:
     """The served checkpoint; a compressed one has the parameters of what it was made from."""
     artifact = context.inputs["model"]
     fetched = artifact if artifact.manifest.kind == "fetch" else context.inputs["fetch"]
-    weights = model_folder(artifact).glob("*.safetensors")
+    weights = [path for path in model_folder(artifact).iterdir() if is_weights(path.name)]
     subject = {
         "key": artifact.manifest.key,
         "bytes": sum(path.stat().st_size for path in weights),

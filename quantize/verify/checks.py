@@ -7,7 +7,7 @@ Each check looks at one thing, and says everything that it finds:
   record and the recipe say
 - `record`: it is complete, and agrees with the recipe and with the files' sizes
 - `card`: README.md is what this program makes of the record, line by line
-- `tensors`: each safetensors file's header accounts for every byte
+- `tensors`: each safetensors or GGUF file's header accounts for every byte
 - `signature`: it is the given key's or identity's, and of exactly these files
 
 A changed figure on the card shows in `files`; where listing and statement were made to fit, in
@@ -20,7 +20,9 @@ import json
 from pathlib import Path
 
 from quantize.errors import SourceError
+from quantize.gguf_file import read_gguf
 from quantize.listing import LISTING, SIGNATURE
+from quantize.model_files import is_weights
 from quantize.progress import Progress
 from quantize.provenance import RECIPE, RECORD
 from quantize.tensors import read_header
@@ -93,15 +95,16 @@ def check_files(published: Published) -> Check:
 
 
 def check_tensors(published: Published) -> Check:
-    """Headers of the safetensors files that are here."""
-    names = sorted(name for name in published.listing if name.endswith(".safetensors"))
+    """Headers of the safetensors and GGUF files that are here."""
+    names = sorted(name for name in published.listing if is_weights(name))
     here = [name for name in names if name in published.readable]
     if not here and names:
         return Check("tensors", "skipped", "compared by sha256 alone; --full downloads them")
     problems, count = [], 0
     for name in here:
         try:
-            count += len(read_header(published.folder / name))
+            path = published.folder / name
+            count += len(read_gguf(path).tensors if name.endswith(".gguf") else read_header(path))
         except SourceError as error:
             problems.append(differs(name, error.message))
     return Check.of("tensors", f"headers account for every byte ({count:,} tensors)", problems)

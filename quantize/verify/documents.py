@@ -16,6 +16,7 @@ import yaml
 from quantize import __version__
 from quantize.errors import QuantizeError
 from quantize.keys import difference
+from quantize.model_files import is_weights
 from quantize.provenance import (
     NO_SUBJECTS,
     PREDICATE_TYPE,
@@ -112,7 +113,7 @@ def check_record(published: Published, record: Document, recipe: Document) -> Ch
         weights = sum(
             entry.bytes
             for name, entry in published.listing.items()
-            if name.endswith(".safetensors") and "/" not in name
+            if is_weights(name) and "/" not in name
         )
     except Exception as error:
         return Check.of("record", "", [_incomplete(RECORD, error)])

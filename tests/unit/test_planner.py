@@ -206,7 +206,9 @@ def test_what_has_no_effect_changes_no_key(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_the_baseline_is_shared_by_the_shipped_recipes(tiny: Tiny) -> None:
-    recipes = sorted((shipped_root() / "recipes").glob("tiny-*.yaml"))
+    found = sorted((shipped_root() / "recipes").glob("tiny-*.yaml"))
+    # That of GGUF is another file, served by another program.
+    recipes = [recipe for recipe in found if "format: gguf" not in recipe.read_text()]
     assert len(recipes) > 3
     baselines, candidates = set(), set()
     for recipe in recipes:
