@@ -80,9 +80,9 @@ def modelfile(source: Path, file: str, licence: str | None = None) -> str:
         lines.append(f'TEMPLATE """{go_template(turns)}"""')
     elif template is not None:
         lines += [
-            "# No TEMPLATE: the model's chat template is not a plain sequence of turns. Ollama uses",
-            "# its own where it knows it: compare its answers with llama-server's, which runs the",
-            "# template itself.",
+            "# No TEMPLATE: the model's chat template is not a plain sequence of turns. Ollama has",
+            "# its own where it knows the model: compare its answers with llama-server's, which",
+            "# runs the template itself.",
         ]
     generation = source / "generation_config.json"
     settings = read_json_object(generation) if generation.is_file() else {}

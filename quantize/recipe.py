@@ -586,6 +586,18 @@ class Recipe(Block):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gguf_is_one_file(self) -> Recipe:
+        if self.quantize.effective_format != "gguf":
+            return self
+        if self.model.keeps_adapter:
+            raise ValueError(
+                "model.adapter_mode: separate is not supported with format gguf: merge the adapter"
+            )
+        if self.model.trust_remote_code is not None:
+            raise ValueError("trust_remote_code is not supported with format gguf")
+        return self
+
 
 def recipe_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a recipe file, for editors."""

@@ -31,7 +31,9 @@ def environments(resolved: Resolved, entry_id: str) -> tuple[str, ...]:
 
 def key_inputs(resolved: Resolved, entry_id: str) -> dict[str, Any]:
     """The quantize block with its defaults filled in, without options the method does not read."""
-    return what_is_asked(resolved.recipe.quantize)
+    quantize = resolved.recipe.quantize
+    named = {"file": gguf_name(resolved)} if quantize.effective_format == "gguf" else {}
+    return what_is_asked(quantize) | named
 
 
 def what_is_asked(quantize: Quantize) -> dict[str, Any]:
@@ -50,8 +52,6 @@ def what_is_asked(quantize: Quantize) -> dict[str, Any]:
     if "gptq" in quantize.method or quantize.method == "int8":
         inputs["dampening"] = quantize.dampening
         inputs["activation_order"] = quantize.activation_order
-    if quantize.effective_format == "gguf":
-        inputs["file"] = gguf_name(resolved)
     return inputs
 
 

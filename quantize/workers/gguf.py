@@ -38,6 +38,8 @@ from quantize.workers.llamacpp import (
 LEAST_TOKENS = 64
 """Fewer in the whole calibration set make no matrix: llama-imatrix needs two chunks."""
 LONGEST_CONTEXT = 4096
+TEXTS = "calibration.txt"
+"""A name without a folder: it is written into the matrix, and from there into the model."""
 CHUNK = re.compile(rb"\[(\d+)\][\d.]+,")
 CHUNKS = re.compile(rb"computing over (\d+) chunks")
 TENSOR = re.compile(rb"\[ *(\d+)/ *(\d+)\]")
@@ -54,7 +56,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         matrix = work / "imatrix.gguf"
         found["imatrix"] = _matrix(body, work, matrix, events)
         shutil.copyfile(matrix, output / matrix.name)
-        command += ["--imatrix", str(matrix)]
+        command += ["--imatrix", matrix.name]  # which is written into the file
     part = work / "quantized.gguf"
     command += [body["gguf"], str(part), body["scheme"], str(_threads())]
 
@@ -62,7 +64,7 @@ def run(request: Request, events: Events) -> dict[str, Any]:
         if places := TENSOR.findall(output):
             events.progress("quantizing", int(places[-1][0]), int(places[-1][1]), "tensors")
 
-    run_program(command, seen, "llama-quantize")
+    run_program(command, seen, "llama-quantize", work)
     shutil.move(part, output / body["file"])
     for name in body["copy"]:
         shutil.copyfile(Path(body["model"], name), output / name)
@@ -88,12 +90,11 @@ def _matrix(body: dict[str, Any], work: Path, matrix: Path, events: Events) -> d
             f"{tokens} calibration tokens are too few for an importance matrix",
             f"give calibration more data: at least {LEAST_TOKENS} tokens",
         )
-    text_file = work / "calibration.txt"
-    write_atomic(text_file, "".join(text for text, _ in texts))
+    write_atomic(work / TEXTS, "".join(text for text, _ in texts))
     context = min(max(len(ids) for _, ids in texts), LONGEST_CONTEXT, tokens // 2)
     part = work / "imatrix.part"
-    command = [program("llama-imatrix"), "--model", body["gguf"], "--file", str(text_file)]
-    command += ["--output-file", str(part), "--output-format", "gguf", "--parse-special"]
+    command = [program("llama-imatrix"), "--model", body["gguf"], "--file", TEXTS]
+    command += ["--output-file", part.name, "--output-format", "gguf", "--parse-special"]
     command += ["--ctx-size", str(context), "--batch-size", str(context)]
     command += ["--threads", str(_threads())]
 
@@ -102,7 +103,7 @@ def _matrix(body: dict[str, Any], work: Path, matrix: Path, events: Events) -> d
         if total and done:
             events.progress("importance matrix", int(done[-1]), int(total[1]), "chunks")
 
-    run_program(command, seen, "llama-imatrix")
+    run_program(command, seen, "llama-imatrix", work)
     part.replace(matrix)
     made = {
         "rows": len(texts),

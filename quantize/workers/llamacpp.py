@@ -37,15 +37,17 @@ def program(name: str) -> str:
     return str(path)
 
 
-def run_program(command: list[str], seen: Callable[[bytes], None], what: str) -> None:
-    """Run a program to its end; `seen` gets its output so far, for progress.
+def run_program(command: list[str], seen: Callable[[bytes], None], what: str, folder: Path) -> None:
+    """Run a program in `folder` to its end; `seen` gets its output so far, for progress.
 
     The output goes to this worker's own, which is the stage's log. Raises ToolError with its last
     lines where it fails.
     """
     print(" ".join(command), flush=True)
     output = b""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         assert process.stdout is not None
         while block := os.read(process.stdout.fileno(), BLOCK_BYTES):
             sys.stdout.buffer.write(block)
