@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GgufType:
-    """One type; the size is of Llama-3-8B, as llama-quantize's own help states it."""
+    """One type; what it costs and is good for, as llama-quantize's own help states it."""
 
     number: int  # general.file_type (llama_ftype in include/llama.h)
     main: str  # number format of most weights
     others: tuple[str, ...]  # of the sensitive ones
-    gigabytes: float  # of Llama-3-8B's file, in GiB
+    gibibytes: float | None  # of Llama-3-8B's file, where that is stated
     use: str  # what it is good for
 
 
@@ -30,11 +30,11 @@ GGUF_TYPES: Mapping[str, GgufType] = {
         30,
         "IQ4_XS",
         ("Q5_K", "Q6_K", "Q8_0", "IQ4_NL"),
-        4.17,
+        None,
         "smaller than Q4_K_S, slower on CPUs",
     ),
     "IQ4_NL": GgufType(
-        25, "IQ4_NL", ("Q5_K", "Q6_K", "Q8_0"), 4.35, "as IQ4_XS, for rows that 256 does not divide"
+        25, "IQ4_NL", ("Q5_K", "Q6_K", "Q8_0"), None, "as IQ4_XS, for rows that 256 does not divide"
     ),
     "Q4_K_S": GgufType(14, "Q4_K", ("Q5_K", "Q6_K"), 4.37, "a little smaller than Q4_K_M"),
     "Q4_K_M": GgufType(15, "Q4_K", ("Q5_K", "Q6_K"), 4.58, "the usual choice"),
@@ -58,10 +58,14 @@ even blocks of 32 do."""
 LLAMA_3_8B = 8_030_261_248
 """Its parameters."""
 
+STATED_BITS = {"IQ4_XS": 4.25, "IQ4_NL": 4.5}
+"""Bits per weight of the number format alone, where no size of Llama-3-8B is stated."""
+
 
 def bits_on_llama(scheme: str) -> float:
-    """Bits per weight of Llama-3-8B in a type, all tensors counted."""
-    return GGUF_TYPES[scheme].gigabytes * 2**30 * 8 / LLAMA_3_8B
+    """Bits per weight of Llama-3-8B in a type, all tensors counted where that is known."""
+    size = GGUF_TYPES[scheme].gibibytes
+    return STATED_BITS[scheme] if size is None else size * 2**30 * 8 / LLAMA_3_8B
 
 
 def estimated_bytes(scheme: str, parameters: int) -> int:

@@ -11,10 +11,10 @@ import pytest
 from test_planner import BASE, Tiny, cache, changed, ids, keys, locks, tiny  # noqa: F401
 
 from quantize import building, environment_checks
+from quantize.engines import llamacpp
 from quantize.environment_checks import check_environments
 from quantize.environments import ENVIRONMENTS, Environments
 from quantize.errors import QuantizeError, ResourceError, UsageError
-from quantize.engines import llamacpp
 from quantize.modelfile import modelfile, turns_of
 from quantize.planner import plan
 from quantize.progress import LineView, Progress
@@ -196,7 +196,7 @@ def test_turns_of_chatml() -> None:
         # a system message of its own where there is none
         "{% if messages[0]['role'] != 'system' %}<s>You are kind.</s>{% endif %}" + CHATML,
         # the last turn looks otherwise
-        "{% for m in messages %}[{{ m['role'] }}{{ '!' if loop.last }}]{{ m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ m['role'] }}{{ '!' if loop.last }}{{ m['content'] }}{% endfor %}",
         # what was said is written twice
         "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}",
         # it takes one message alone
