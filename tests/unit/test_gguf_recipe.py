@@ -196,7 +196,7 @@ def test_turns_of_chatml() -> None:
         # a system message of its own where there is none
         "{% if messages[0]['role'] != 'system' %}<s>You are kind.</s>{% endif %}" + CHATML,
         # the last turn looks otherwise
-        "{% for m in messages %}{{ m['role'] }}{{ '!' if loop.last }}{{ m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ '!' if loop.last }}{{ m['role'] }}{{ m.content }}{% endfor %}",
         # what was said is written twice
         "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}",
         # it takes one message alone
