@@ -26,7 +26,7 @@ SIZES_GB = {
     ("vllm", "cuda"): 12,
     ("lmeval", "cpu"): 1,
     ("lmeval", "cuda"): 1,
-    ("llamacpp", "cpu"): 2,
+    ("llamacpp", "cpu"): 1,
     ("llamacpp", "cuda"): 8,
 }
 """Disk that an installation takes, about; see docs/environments.md."""
