@@ -44,6 +44,12 @@ class Build:
         """CMake definitions that depend on the machine: CUDA only where it can be compiled."""
         return {"QUANTIZE_CUDA": "ON"} if accelerator == "cuda" and has_nvcc() else {}
 
+    def note(self, accelerator: str) -> str | None:
+        """What the build leaves out on this machine."""
+        if accelerator == "cuda" and not has_nvcc():
+            return f"{self.package} is compiled for CPUs alone: nvcc, CUDA's compiler, is not here"
+        return None
+
     def digest(self, accelerator: str) -> str:
         """What identifies the settings, as part of the environment's identity."""
         texts = [(FOLDER / name).read_text("utf-8") for name in (self.cmake, self.constraints)]

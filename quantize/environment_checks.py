@@ -65,6 +65,8 @@ def check_environments(environments: Environments, names: Sequence[str]) -> Told
             told.findings.append(_broken(environments, name, problem))
     if absent:
         told.notes += [_to_install(environments, name) for name in absent]
+        builds = [build for name in absent if (build := ENVIRONMENTS[name].build) is not None]
+        told.notes += [said for one in builds if (said := one.note(environments.accelerator))]
         told.findings += _without_uv() + _without_compiler(absent)
     return told
 

@@ -204,6 +204,8 @@ class Environments:
         shutil.rmtree(final, ignore_errors=True)
         started = time.monotonic()
         progress.note(f"installing environment {name} ({environment.purpose}), log: {log}")
+        if environment.build is not None and (said := environment.build.note(self.accelerator)):
+            progress.note(said)
         self._create(environment, staging, progress, log)
         self._sync(environment, staging, progress, log)
         self._check(environment, staging, progress, log)

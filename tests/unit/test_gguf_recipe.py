@@ -143,6 +143,9 @@ def test_settings_are_part_of_the_environments_identity(
     assert build is not None
     monkeypatch.setattr(building, "has_nvcc", lambda: False)
     without = Environments("cuda", tmp_path).lock_digest("llamacpp")
+    notes = check_environments(Environments("cuda", tmp_path), ["llamacpp"]).notes
+    assert any("compiled for CPUs alone" in note for note in notes)
+    assert build.note("cpu") is None
     monkeypatch.setattr(building, "has_nvcc", lambda: True)
     assert Environments("cuda", tmp_path).lock_digest("llamacpp") != without
     arguments = build.arguments("cuda", tmp_path / "build")
