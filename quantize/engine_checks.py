@@ -14,7 +14,8 @@ def check_engine(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
     """Configs that it cannot load, code that it would have to run, shapes that it cannot pack."""
     name = recipe.quantize.engine
     engine = ENGINES[name]
-    hint = f"use engine {default_engine(recipe.quantize.method)}"
+    other = default_engine(recipe.quantize.method)
+    hint = f"use engine {other}" if other != name else "use another method or quantize.format"
     findings = []
     if (reason := engine.cannot_read(checkpoint.config)) is not None:
         findings.append(Finding(f"engine {name} cannot take this checkpoint: {reason}", hint))

@@ -11,6 +11,8 @@ import pytest
 from test_planner import BASE, Tiny, cache, changed, ids, keys, locks, tiny  # noqa: F401
 
 from quantize import building, environment_checks
+from quantize.checkpoint import read_checkpoint
+from quantize.engine_checks import check_engine
 from quantize.engines import llamacpp
 from quantize.environment_checks import check_environments
 from quantize.environments import ENVIRONMENTS, Environments
@@ -239,3 +241,15 @@ def test_the_file_table() -> None:
     assert card.download == "hf download owner/x --local-dir ./x"
     assert card.imatrix.startswith("8,067 tokens of 128 calibration rows")
     assert gguf_card(record | {"audit": {}}) is None
+
+
+def test_an_unknown_architecture_is_a_finding(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "source"
+    shutil.copytree(INSTRUCT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    recipe = tiny(f"model.source={folder}", recipe=GGUF).recipe
+    (finding,) = check_engine(read_checkpoint(folder), recipe)
+    assert "engine llamacpp cannot take this checkpoint" in finding.message
+    assert "does not know NoSuchModel" in finding.message
+    assert "quantize.format" in finding.hint
