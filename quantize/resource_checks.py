@@ -85,6 +85,7 @@ def check_resources(
         stages.append((BASE, "fetch"))
     absent = {"adopt" if recipe.quantize.artifact is None else "compress"}
     absent |= set() if recipe.quantize.repacks else {"convert"}
+    absent |= set() if recipe.quantize.effective_format == "gguf" else {"gguf"}
     absent |= set() if recipe.evaluate is not None else {"measure"}
     stages = [(name, kind) for name, kind in stages if kind not in absent]
     if not stages:

@@ -23,6 +23,10 @@ from quantize.protocol import WorkerError
 LAST_LINES = 15
 BLOCK_BYTES = 1 << 16
 
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait for each other sleep, as for the server (servers/llamacpp.py): libgomp's spin,
+which is slow where others use the cores, too."""
+
 
 def program(name: str) -> str:
     """Path of one of llama.cpp's programs; a ToolError where the environment has none."""
@@ -46,7 +50,11 @@ def run_program(command: list[str], seen: Callable[[bytes], None], what: str, fo
     print(" ".join(command), flush=True)
     output = b""
     with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=folder,
+        env=os.environ | PASSIVE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as process:
         assert process.stdout is not None
         while block := os.read(process.stdout.fileno(), BLOCK_BYTES):
