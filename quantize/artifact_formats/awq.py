@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = METHOD = "awq"
+LOADED_WITH = ("gptqmodel",)
+LOADED_WITH = ("gptqmodel",)
 SCALE = "scales"
 SCALE_DTYPES = HALVES
 SHAPED = ("qweight", "scales")

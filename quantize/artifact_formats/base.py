@@ -96,6 +96,9 @@ class ArtifactFormat(Protocol):
     """A module of this package with these names at its top level."""
 
     NAME: str
+    LOADED_WITH: tuple[
+        str, ...
+    ]  # packages that transformers 5 asks for (quantizers/quantizer_*.py)
     METHOD: str  # `quant_method` in config.json
     SCALE: str  # the tensor that every quantized module has
     SCALE_DTYPES: tuple[str, ...]  # those that its readers do not round

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = METHOD = "compressed-tensors"
+LOADED_WITH = ("compressed-tensors",)
+LOADED_WITH = ("compressed-tensors",)
 SCALE = "weight_scale"
 SCALE_DTYPES = (*HALVES, "F32")
 SHAPED = ("weight_packed", "weight_shape")

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from quantize.recipe import Quantize
 
 NAME = METHOD = "gptq"
+LOADED_WITH = ("optimum", "gptqmodel")
+LOADED_WITH = ("optimum", "gptqmodel")
 SCALE = "scales"
 SCALE_DTYPES = HALVES
 SHAPED = ("qweight", "scales")

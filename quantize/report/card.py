@@ -11,6 +11,7 @@ import yaml
 from quantize.engines import ENGINES
 from quantize.errors import SourceError
 from quantize.report.card_commands import (
+    loaded_with,
     sglang_caution,
     sglang_command,
     transformers_code,
@@ -123,6 +124,7 @@ def card_variables(record: Record) -> dict[str, Any]:
         "sglang": sglang_command(record),
         "sglang_caution": sglang_caution(record),
         "transformers_code": transformers_code(record),
+        "loaded_with": loaded_with(record),
         "verify_command": verify_command(record),
         "recipe_yaml": yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
         "engine": _engine(record),

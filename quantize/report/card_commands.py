@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantize.artifact_formats import FORMATS
 from quantize.report.results import Record
 from quantize.servers.support import why_not
 from quantize.servers.vllm_lora import adapter_options
@@ -108,6 +109,12 @@ def transformers_code(record: Record) -> str:
     if apart:
         lines.append(f"model = PeftModel.from_pretrained(base, {json.dumps(_adapter(record))})")
     return "\n".join(lines)
+
+
+def loaded_with(record: Record) -> tuple[str, ...]:
+    """Packages that transformers needs for the checkpoint's format."""
+    form = record["recipe"]["quantize"].get("format", "compressed-tensors")
+    return FORMATS[form].LOADED_WITH if form in FORMATS else ()
 
 
 def verify_command(record: Record) -> str:

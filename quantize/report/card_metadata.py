@@ -24,7 +24,8 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 _ADDRESS = re.compile(r"https?://[^\s<>\"']+")
 
-TAGS = ("compressed-tensors", "vllm", "quantized")
+TAGS = ("vllm", "quantized")
+"""Behind the format's own name."""
 GGUF_TAGS = ("gguf", "llama.cpp", "ollama", "quantized")
 TASK = {"type": "text-generation", "name": "Text Generation"}
 DIGITS = 4
@@ -70,7 +71,8 @@ def front_matter_values(record: Record) -> dict[str, Any]:
         values["language"] = languages
     quantize = record["recipe"]["quantize"]
     is_gguf = "gguf" in record["audit"]
-    tags = GGUF_TAGS if is_gguf else TAGS
+    form = quantize.get("format", "compressed-tensors")
+    tags = GGUF_TAGS if is_gguf else (form, *TAGS)
     values |= {
         "library_name": "gguf" if is_gguf else "transformers",
         "pipeline_tag": TASK["type"],

@@ -27,7 +27,7 @@ VARIABLES = frozenset(
         *("retention_rows", "health_rows", "noise", "answers", "smoke", "serving_rows"),
         *("gguf", "vllm"),
         *("parallel_sizes", "sglang", "sglang_caution", "transformers_code", "verify_command"),
-        *("audit", "engine"),
+        *("audit", "engine", "loaded_with"),
         *("calibration", "versions", "recipe_yaml"),
     )
 )

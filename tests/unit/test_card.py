@@ -131,6 +131,17 @@ def test_the_engine_that_ran_is_on_the_card(made, compressed, engine):
     assert "Rounded to nearest" not in card
 
 
+def test_tags_and_packages_are_those_of_the_format(made):
+    record, card = made()
+    assert "It needs `compressed-tensors`." in card
+    changed = json.loads(json.dumps(record))
+    changed["recipe"]["quantize"]["format"] = "gptq"
+    card = render_card(changed)
+    assert "It needs `optimum` and `gptqmodel`." in card
+    assert "\n- gptq\n" in card
+    assert "compressed-tensors" not in card.split("---")[1]
+
+
 def test_modules_that_were_rounded_to_nearest_are_limits(made):
     experts = [f"model.layers.0.mlp.experts.{n}.up_proj" for n in (3, 5)]
     card = made(compressed={"unvisited": experts, "not_factorised": ["model.layers.1.o_proj"]})[1]
