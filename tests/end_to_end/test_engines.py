@@ -148,7 +148,12 @@ def ids_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "bits", "least"), [("W4A16", 4, 0.95), ("W4A16_ASYM", 4, 0.95), ("W8A16", 8, 0.999)]
+    ("scheme", "bits", "least"),
+    [
+        ("W4A16", 4, 0.95),
+        pytest.param("W4A16_ASYM", 4, 0.95, marks=pytest.mark.slow),
+        pytest.param("W8A16", 8, 0.999, marks=pytest.mark.slow),
+    ],
 )
 def test_gptqmodel(
     compress: Callable[..., tuple[Path, dict[str, Any]]], scheme: str, bits: int, least: float
@@ -211,7 +216,7 @@ def test_ignored_modules_stay_as_they_are(
         assert list(config["dynamic"]) == [r"-:^model\.layers\.2\.mlp\.down_proj$"]
 
 
-@pytest.mark.parametrize("engine", ["autoawq", "gptqmodel"])
+@pytest.mark.parametrize("engine", [pytest.param("autoawq", marks=pytest.mark.slow), "gptqmodel"])
 def test_killed_and_run_again(work: Work, tmp_path: Path, engine: str) -> None:
     """After SIGKILL in the middle of its layers: no process is left, the next run is whole."""
     store = tmp_path / "store"
