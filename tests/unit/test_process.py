@@ -39,7 +39,7 @@ def pids(log: Path, count: int) -> list[int]:
 
 def assert_gone(*found: int) -> None:
     """SIGKILL is sent, not awaited: on a busy machine a process takes a moment to go."""
-    wait_until(lambda: not any(map(alive, found)), f"{found} to be gone")
+    wait_until(lambda: not any(map(alive, found)), f"{found} to be gone", 5)
 
 
 @pytest.fixture
