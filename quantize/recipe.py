@@ -321,7 +321,8 @@ class Quantize(Block):
     def _scheme_fits_method(self) -> Quantize:
         engine = ENGINES[self.engine]
         if self.method not in engine.METHODS:
-            able = ", ".join(name for name, one in ENGINES.items() if self.method in one.METHODS)
+            others = (name for name, one in ENGINES.items() if self.method in one.METHODS)
+            able = ", ".join(name for name in others if name != "elsewhere")
             raise ValueError(
                 f"engine {self.engine} has no method {self.method} (it has "
                 f"{', '.join(engine.METHODS)}): use engine {able}"
