@@ -18,8 +18,8 @@ from quantize.formats import weight_format
 from quantize.initialize import measuring_recipe, slug
 from quantize.modules import module_name
 from quantize.protocol import write_atomic
-from quantize.recipe import DEFAULT_SCHEME, GROUPED, SCHEMES
 from quantize.resources import find_checkpoint
+from quantize.schemes import DEFAULT_SCHEME, GROUPED, SCHEMES
 from quantize.untrusted import TEXT_LIMIT_BYTES, read_text
 
 SCALES = ("weight_scale", "scales")

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.modules import matches
-from quantize.recipe import FIXED_GROUPS, Quantize
+from quantize.quantization import Quantize
+from quantize.schemes import FIXED_GROUPS
 from quantize.tensors import DTYPES, TensorInfo, load_tensor, to_float32
 
 BLOCK = 128

@@ -14,8 +14,9 @@ from quantize.checkpoint import Checkpoint, card_metadata, read_checkpoint
 from quantize.errors import SourceError, UsageError
 from quantize.evaluation import DEFAULT_PERPLEXITY_RATIO, DEFAULT_RECOVERY
 from quantize.modules import module_name
-from quantize.recipe import DATA_FREE, DEFAULT_SCHEME, GROUPED, MADE_HERE, Quantize
+from quantize.quantization import Quantize
 from quantize.resources import find_checkpoint, shipped_root
+from quantize.schemes import DATA_FREE, DEFAULT_SCHEME, GROUPED, MADE_HERE
 from quantize.tensors import TensorInfo
 from quantize.yaml_values import parse
 

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from quantize.recipe import GROUPED, SCHEMES, Quantize, Recipe
+from quantize.quantization import Quantize
+from quantize.recipe import Recipe
+from quantize.schemes import GROUPED, SCHEMES
 from quantize.search import Found
 from quantize.sensitivity import BF16, Choice
 from quantize.yaml_edit import REMOVED, KeyPath, changed

@@ -26,7 +26,8 @@ from quantize.environments import accelerator as accelerator_here
 from quantize.errors import ResourceError
 from quantize.findings import Finding
 from quantize.machine import gpus, memory_bytes
-from quantize.recipe import Quantize, Recipe
+from quantize.quantization import Quantize
+from quantize.recipe import Recipe
 from quantize.source_checks import promised_bytes, tensor_parallel_faults
 from quantize.stages.fetch import BASE
 

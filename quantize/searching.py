@@ -13,11 +13,12 @@ from quantize.errors import SourceError, ToolError, UsageError
 from quantize.mixed_recipe import mixed_recipe
 from quantize.modules import matches
 from quantize.protocol import write_json
-from quantize.recipe import DEFAULT_SCHEME, SCHEMES, Recipe
+from quantize.recipe import Recipe
 from quantize.recipe_file import load_recipe
 from quantize.report.frontier import frontier_json
 from quantize.report.frontier_plot import draw
 from quantize.resources import find_recipe, shipped_root
+from quantize.schemes import DEFAULT_SCHEME, SCHEMES
 from quantize.search import Budget, Found, parse_budget, search
 from quantize.sensitivity import BF16, Sensitivity, read_sensitivity, units
 from quantize.servers import cannot_serve

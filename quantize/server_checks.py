@@ -8,9 +8,9 @@ from quantize.environment_checks import check_loopback, check_server
 from quantize.environments import Environments
 from quantize.errors import ResourceError
 from quantize.findings import Finding, Told
-from quantize.recipe import Endpoint, Serve
 from quantize.servers import SERVERS, cannot_serve, url
 from quantize.servers.support import BF16, LABELS
+from quantize.serving import Endpoint, Serve
 
 
 def check_serving(

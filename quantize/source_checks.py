@@ -22,7 +22,9 @@ from quantize.gguf_types import estimated_bytes
 from quantize.header_checks import check_headers, promises_of
 from quantize.modules import matches, module_name, nearest, served_unit
 from quantize.parallel_checks import check_tensor_parallel, parallel_faults
-from quantize.recipe import GROUPED, Quantize, Recipe
+from quantize.quantization import Quantize
+from quantize.recipe import Recipe
+from quantize.schemes import GROUPED
 from quantize.tensors import TensorInfo
 from quantize.tokenizer_checks import check_tokenizer
 

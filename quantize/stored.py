@@ -15,7 +15,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.errors import SourceError
 from quantize.formats import FLOAT_SCALES, Layout, WeightFormat
 from quantize.modules import module_name
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.tensors import TensorInfo, load_tensor, to_float32
 
 Parts = Mapping[str, TensorInfo]

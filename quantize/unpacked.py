@@ -17,7 +17,7 @@ import numpy as np
 from quantize.checkpoint import Checkpoint, read_checkpoint
 from quantize.errors import ToolError
 from quantize.formats import WeightFormat, module_formats, weight_format
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.remote_code import LET_IN
 from quantize.rewriting import OnProgress, Planned, write_checkpoint
 from quantize.stored import Parts, Stored, modules_of, stored_as

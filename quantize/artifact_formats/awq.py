@@ -33,7 +33,7 @@ from quantize.artifact_formats.base import (
 
 if TYPE_CHECKING:
     from quantize.formats import Layout, WeightFormat
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 NAME = METHOD = "awq"
 LOADED_WITH = ("gptqmodel",)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from quantize.formats import Layout, WeightFormat
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 """Tensor of a module (`qweight`, ...) → its elements; BF16 as uint16 bits."""

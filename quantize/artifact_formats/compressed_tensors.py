@@ -33,7 +33,7 @@ from quantize.modules import matches
 
 if TYPE_CHECKING:
     from quantize.formats import Layout, WeightFormat
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 NAME = METHOD = "compressed-tensors"
 LOADED_WITH = ("compressed-tensors",)

@@ -45,7 +45,7 @@ from quantize.modules import served_unit
 
 if TYPE_CHECKING:
     from quantize.formats import Layout, WeightFormat
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 NAME = METHOD = "gptq"
 LOADED_WITH = ("optimum", "gptqmodel")

@@ -23,7 +23,8 @@ from quantize.engine.support import why_not
 from quantize.engines import ENGINES
 from quantize.formats import module_formats
 from quantize.modules import module_name
-from quantize.recipe import Quantize, Recipe
+from quantize.quantization import Quantize
+from quantize.recipe import Recipe
 from quantize.source_checks import promised_bytes
 
 CORE_BYTES = 500_000_000

@@ -9,7 +9,7 @@ from quantize.engine.config4 import NotTheSame, for_transformers_4
 from quantize.modules import matches
 
 if TYPE_CHECKING:
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 NAME = "autoawq"
 SAID = "AutoAWQ"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 
 class Engine(Protocol):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.engines import stream
 
 if TYPE_CHECKING:
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 NAME = "elsewhere"
 SAID = "none of ours: quantized elsewhere, and taken as it is"

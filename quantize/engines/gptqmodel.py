@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.modules import matches
 
 if TYPE_CHECKING:
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 NAME = "gptqmodel"
 SAID = "GPTQModel, the successor of AutoGPTQ"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantize.recipe import Quantize
+    from quantize.quantization import Quantize
 
 NAME = "llamacpp"
 SAID = "llama.cpp's converter and quantizer"

@@ -19,11 +19,11 @@ from quantize.measure.scope import Scope
 from quantize.measure.watching import ServerWatch
 from quantize.model_files import read_json_object
 from quantize.process import Process
-from quantize.recipe import Endpoint
 from quantize.remote_code import LET_IN
 from quantize.servers import SERVERS, url
 from quantize.servers.base import Launch, ServedAdapter, Server
 from quantize.servers.support import LABELS
+from quantize.serving import Endpoint
 from quantize.stages.base import StageContext
 
 SERVED_NAME = "model"

@@ -12,7 +12,7 @@ from quantize.errors import SourceError
 
 if TYPE_CHECKING:
     from quantize.measure.client import Client
-    from quantize.recipe import Serve
+    from quantize.serving import Serve
 
 MATRIX = "imatrix.gguf"
 """llama.cpp keeps the importance matrix in its own format, too."""

@@ -10,7 +10,7 @@ from quantize.servers.base import Launch
 
 if TYPE_CHECKING:
     from quantize.measure.dialects import OpenAIClient
-    from quantize.recipe import Endpoint
+    from quantize.serving import Endpoint
 
 NAME = "url"
 ENVIRONMENT = None

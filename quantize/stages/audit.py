@@ -34,7 +34,8 @@ from quantize.gguf_values import is_quantized
 from quantize.keys import file_sha256
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json
-from quantize.recipe import Quantize, Recipe
+from quantize.quantization import Quantize
+from quantize.recipe import Recipe
 from quantize.remote_code import LET_IN
 from quantize.source_checks import tensor_parallel_faults
 from quantize.stages import gguf

@@ -10,7 +10,7 @@ from quantize.engines import ENGINES
 from quantize.model_files import TOKENIZER_FILES, any_match, checkpoint_files
 from quantize.modelfile import modelfile
 from quantize.protocol import write_atomic, write_json
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.remote_code import code_files
 from quantize.stages import gguf
 from quantize.stages.base import Resolved, StageContext

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quantize.formats import weight_format
-from quantize.recipe import GROUPED, SCHEMES
+from quantize.schemes import GROUPED, SCHEMES
 from quantize.tensors import from_float32, load_tensor, read_header, to_float32
 
 pytestmark = pytest.mark.end_to_end

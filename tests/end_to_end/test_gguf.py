@@ -18,7 +18,7 @@ import pytest
 from quantize.gguf_file import TYPES, read_gguf
 from quantize.gguf_types import GGUF_TYPES
 from quantize.gguf_values import DEQUANTIZE, SCALES, dequantized
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.stages.audit import audit_gguf
 from tests.end_to_end.conftest import ROOT, Work, environment
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from checkpoints import Tensors, bf16, floats, llama_config, write_checkpoint
 
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 

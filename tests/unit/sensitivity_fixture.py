@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from quantize.modules import matches, served_unit
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.sensitivity import BF16, Choice
 
 SCHEMES = (("W4A16_ASYM", 128), ("W4A16_ASYM", 32), ("W8A16", 128), ("FP8_DYNAMIC", None))

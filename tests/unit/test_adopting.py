@@ -12,7 +12,7 @@ from quantized import quantized_tensors, write_quantized
 from quantize.adopting import Request, describe, write_recipe
 from quantize.checkpoint import read_checkpoint
 from quantize.errors import SourceError, UsageError
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.recipe_file import load_recipe
 from quantize.stages.adopt import made_by
 

@@ -15,7 +15,7 @@ from repacked import PACKERS, Numbers, block, floats, gptq, numbers
 
 from quantize.artifact_formats import FORMATS, Facts, Grid
 from quantize.formats import weight_format
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.stored import form_of
 
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS if a != b]

@@ -24,7 +24,7 @@ from test_formats import CASES
 from quantize.artifact_checks import not_finite
 from quantize.errors import SourceError, ToolError
 from quantize.progress import LineView, Progress
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.runner import Runner
 from quantize.stages import audit as stage
 from quantize.stages.audit import audit_folder

@@ -19,7 +19,7 @@ from records_fixture import (
 
 from quantize.errors import SourceError
 from quantize.evaluation import GateRules, Margins
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.report.paired.comparing import compare
 from quantize.report.paired.verdicts import Rules
 from quantize.stages import compare as stage

@@ -22,7 +22,7 @@ from quantize.converting import find_artifact
 from quantize.errors import UsageError
 from quantize.planner import STAGES
 from quantize.progress import LineView, Progress
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.runner import Runner
 from quantize.stages import convert as stage
 from quantize.store import Store

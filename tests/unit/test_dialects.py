@@ -20,8 +20,8 @@ from model_server import Model, serving
 
 from quantize.errors import CredentialsError, ResourceError
 from quantize.measure.dialects import LlamaCppClient, OllamaClient, OpenAIClient, TgiClient
-from quantize.recipe import Endpoint
 from quantize.servers import url as endpoints
+from quantize.serving import Endpoint
 
 Answers = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from quantize.checkpoint import read_checkpoint
 from quantize.engine.config4 import NotTheSame, for_transformers_4
 from quantize.engine_checks import check_engine
 from quantize.engines import ENGINES, OLD_NAMES
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 
 
 def quantize(**values: Any) -> Quantize:

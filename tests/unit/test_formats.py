@@ -9,7 +9,7 @@ from checkpoints import floats, llama_tensors, safetensors_bytes, write_weights
 from quantized import quantized_tensors
 
 from quantize.formats import module_formats, unpack, weight_format
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.tensors import read_header
 
 # compressed_tensors.compressors.pack_quantized.helpers.pack_to_int32(values, bits)

@@ -26,7 +26,8 @@ from quantize.hub.preflight import check_hub, source_limit
 from quantize.hub.repository import require_write
 from quantize.hub.target import Limit
 from quantize.publication import recipe_as_published
-from quantize.recipe import Model, Quantize, Recipe
+from quantize.quantization import Quantize
+from quantize.recipe import Model, Recipe
 from quantize.stages.base import Resolved
 from quantize.targets import Hub, Publish
 from tests.hub_server import Account, HubServer

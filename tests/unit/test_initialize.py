@@ -6,9 +6,10 @@ import pytest
 
 from quantize.errors import SourceError, UsageError
 from quantize.initialize import initial_recipe, scalar
-from quantize.recipe import MADE_HERE, Recipe
+from quantize.recipe import Recipe
 from quantize.recipe_file import load_recipe
 from quantize.resources import shipped_root
+from quantize.schemes import MADE_HERE
 from quantize.yaml_values import parse
 
 CONFIG = {

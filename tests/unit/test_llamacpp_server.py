@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from quantize.errors import ResourceError, SourceError
-from quantize.recipe import Serve
 from quantize.servers import llamacpp
 from quantize.servers.base import Launch
+from quantize.serving import Serve
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from quantize.folder_target import publish_folder
 from quantize.listing import LISTING, parse_listing
 from quantize.plan import StageEntry
 from quantize.progress import LineView, Progress
-from quantize.recipe import Model, Quantize, Recipe
+from quantize.quantization import Quantize
+from quantize.recipe import Model, Recipe
 from quantize.recipe_file import load_recipe
 from quantize.runner import Runner
 from quantize.stages import publish

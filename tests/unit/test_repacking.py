@@ -15,7 +15,7 @@ from repacked import block, llama_numbers, write_stored
 from quantize.artifact_formats import FORMATS
 from quantize.checkpoint import read_checkpoint
 from quantize.errors import SourceError, UsageError
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.repacking import Repacked, repack
 from quantize.stages.audit import audit_folder
 from quantize.stored import read_linears

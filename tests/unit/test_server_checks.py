@@ -8,8 +8,8 @@ import pytest
 from model_server import Model, serving
 
 from quantize.errors import CredentialsError, ResourceError
-from quantize.recipe import Endpoint, Endpoints, Serve
 from quantize.server_checks import check_serving
+from quantize.serving import Endpoint, Endpoints, Serve
 
 
 def url(base: str, key: str | None = None) -> Serve:

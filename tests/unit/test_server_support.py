@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantize.engines import ENGINES
-from quantize.recipe import DEFAULT_SCHEME, SCHEMES, ServerName
+from quantize.schemes import DEFAULT_SCHEME, SCHEMES
 from quantize.servers import SERVERS, cannot_serve, vllm
 from quantize.servers.support import (
     BF16,
@@ -22,6 +22,7 @@ from quantize.servers.support import (
     takers,
     why_not,
 )
+from quantize.serving import ServerName
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "servers.md"
 FORMATS = ("compressed-tensors", "awq", "gptq", "gguf")

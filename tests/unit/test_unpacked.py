@@ -14,7 +14,7 @@ from quantize.checkpoint import read_checkpoint
 from quantize.errors import ToolError
 from quantize.formats import module_formats
 from quantize.model_files import INDEX
-from quantize.recipe import Quantize
+from quantize.quantization import Quantize
 from quantize.tensors import load_tensor, to_float32
 from quantize.unpacked import is_weight_only, write_unpacked
 

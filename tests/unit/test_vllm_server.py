@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from quantize.recipe import Serve
 from quantize.servers import cannot_serve, vllm
 from quantize.servers.base import Launch
+from quantize.serving import Serve
 
 
 def launch(accelerator: str = "cpu", **serve: Any) -> Launch:
