@@ -194,7 +194,7 @@ MOVED = (
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-@pytest.mark.parametrize("engine", ["autoawq", "gptqmodel"])
+@pytest.mark.parametrize("engine", [pytest.param("autoawq", marks=pytest.mark.slow), "gptqmodel"])
 def test_ignored_modules_stay_as_they_are(
     compress: Callable[..., tuple[Path, dict[str, Any]]], engine: str
 ) -> None:
