@@ -80,12 +80,14 @@ class Task:
             "cluster": None,
             "concurrency": 4,
             "max_length": 512,
+            "no_choices": None,
             "tasks_folder": str(self.folder),
             "samples": str(self.folder / "samples.jsonl"),
             **self.body,
             **keys,
         }
-        shared = ("base_url", "model", "tokenizer", "concurrency", "max_length", "tasks_folder")
+        shared = ("base_url", "model", "tokenizer", "concurrency", "max_length")
+        shared += ("tasks_folder", "no_choices")
         task["result"] = str(self.folder / "own.result.json")
         body = {name: task.pop(name) for name in shared} | {"tasks": [task]}
         if self.then is not None:
