@@ -20,10 +20,8 @@ from quantize.modules import module_name
 from quantize.protocol import write_atomic
 from quantize.resources import find_checkpoint
 from quantize.schemes import DEFAULT_SCHEME, GROUPED, SCHEMES
+from quantize.stored import stored_in
 from quantize.untrusted import TEXT_LIMIT_BYTES, read_text
-
-SCALES = ("weight_scale", "scales")
-"""Tensors that every quantized module has: compressed-tensors', and that of AWQ and GPTQ."""
 
 UNKNOWN = "quantize measure reads compressed-tensors, AWQ (gemm) and GPTQ"
 
@@ -76,22 +74,14 @@ def describe(checkpoint: Checkpoint, method: str | None = None) -> dict[str, Any
     `method` is who chose the weights, for formats that do not say it. SourceError where the
     checkpoint is not quantized, or as no scheme of a recipe.
     """
-    stated = checkpoint.config.get("quantization_config")
-    if not isinstance(stated, Mapping):
-        raise SourceError(
-            f"the checkpoint in {checkpoint.folder} is not quantized (config.json has no "
-            "quantization_config)",
-            "quantize it with a recipe: quantize init",
-        )
-    match stated.get("quant_method"):
+    stored = stored_in(checkpoint)
+    match stored.format.NAME:
         case "awq":
-            block = _awq(stated)
+            block = _awq(stored.block)
         case "gptq":
-            block = _gptq(stated)
-        case "compressed-tensors":
-            block = _compressed_tensors(stated)
-        case other:
-            raise SourceError(f"{checkpoint.folder} is stored as {other!r}", UNKNOWN)
+            block = _gptq(stored.block)
+        case _:
+            block = _compressed_tensors(stored.block)
     if method is not None:
         block["method"] = method
     if block["scheme"] not in SCHEMES.get(block["method"], ()):
@@ -99,13 +89,16 @@ def describe(checkpoint: Checkpoint, method: str | None = None) -> dict[str, Any
             f"method {block['method']} does not produce {block['scheme']}",
             "name how it was made with --method",
         )
-    return block | {"ignore": kept_linears(checkpoint)}
+    return block | {"ignore": kept_linears(checkpoint, stored.format.SCALE)}
 
 
-def kept_linears(checkpoint: Checkpoint) -> list[str]:
-    """Names of the linears that are not quantized, in order; `lm_head` also where it is tied."""
+def kept_linears(checkpoint: Checkpoint, scale: str) -> list[str]:
+    """Names of the linears that are not quantized, in order; `lm_head` also where it is tied.
+
+    `scale` is the tensor that every quantized module has.
+    """
     quantized = {
-        name.rpartition(".")[0] for name in checkpoint.tensors if name.rpartition(".")[2] in SCALES
+        name.removesuffix(f".{scale}") for name in checkpoint.tensors if name.endswith(f".{scale}")
     }
     kept = {module_name(info.name) for info in checkpoint.linears()} - quantized
     return sorted(kept | ({"lm_head"} - quantized))

@@ -118,7 +118,7 @@ def read_linears(checkpoint: Checkpoint) -> tuple[Stored, dict[str, Linear]]:
     A grid that a config calls asymmetric stays so, even where all its zero points are in the
     middle.
     """
-    stored = _stored_in(checkpoint)
+    stored = stored_in(checkpoint)
     linears: dict[str, Linear] = {}
     faults: list[str] = []
     for module, parts in modules_of(checkpoint.tensors).items():
@@ -136,7 +136,8 @@ def read_linears(checkpoint: Checkpoint) -> tuple[Stored, dict[str, Linear]]:
     return stored, linears
 
 
-def _stored_in(checkpoint: Checkpoint) -> Stored:
+def stored_in(checkpoint: Checkpoint) -> Stored:
+    """How a checkpoint says it is stored; a SourceError where it is not quantized, or otherwise."""
     block = checkpoint.config.get("quantization_config")
     if not isinstance(block, Mapping):
         raise SourceError(

@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import examine, read_checkpoint
+from quantize.checkpoint import read_checkpoint
 from quantize.errors import SourceError
-from quantize.findings import raise_findings
 from quantize.keys import digest
 from quantize.model_files import CHECKPOINT_FILES
 from quantize.printable import shortened
@@ -55,7 +54,6 @@ def run(context: StageContext) -> None:
         origin = {"repo": repo, "commit": commit}
     else:
         folder, origin = local.absolute(), {"folder": local.absolute().name}
-    raise_findings(examine(folder, allow_quantized=True)[1])
     checkpoint = read_checkpoint(folder, allow_quantized=True)
     step = context.runner.progress.step
     if local is not None:
@@ -63,8 +61,8 @@ def run(context: StageContext) -> None:
         _unchanged(context, folder, digest({entry.name: entry.sha256 for entry in entries}))
     output = context.files / "model"
     output.mkdir()
-    for name in checkpoint.files:
-        step("taking over the checkpoint", checkpoint.files.index(name), len(checkpoint.files))
+    for done, name in enumerate(checkpoint.files):
+        step("taking over the checkpoint", done, len(checkpoint.files))
         if local is None:
             link_or_copy(str(folder / name), str(output / name))
         else:  # no link: whoever owns the folder may write to it
