@@ -58,10 +58,8 @@ def main() -> None:
     without_outliers(CHECKPOINT, plain)
     for title, checkpoint in (("With outliers", CHECKPOINT), ("Without outliers", plain)):
         print(f"\n## {title}\n")
-        print(
-            "| who | method | scheme | format | size | perplexity ratio (95 %) | KL, mean (95 %) |"
-        )
-        print("|---|---|---|---|---:|---:|---:|", flush=True)
+        print(f"| {' | '.join(COLUMNS)} |")
+        print("|---|---|---|---|---:|---|---|---:|---:|", flush=True)
         for row in ROWS:
             print(measured(row, checkpoint, store), flush=True)
 
