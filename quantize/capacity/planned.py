@@ -22,7 +22,7 @@ from quantize.capacity.work import least_seconds
 from quantize.checkpoint import Checkpoint
 from quantize.recipe import Recipe
 from quantize.resource_checks import Gpus, even_sizes, fitting_size, target_gpus
-from quantize.servers.vllm import NOT_ON_BLACKWELL
+from quantize.servers.support import NOT_ON_BLACKWELL
 
 SHOWN_SIZES = (1, 2, 4, 8)
 
@@ -159,6 +159,7 @@ def _on_cards(checkpoint: Checkpoint, recipe: Recipe, money: Money) -> tuple[OnC
     value = cache_value_bytes(recipe, "measure-candidate")
     even, whole = even_sizes(checkpoint, recipe.quantize), even_sizes(checkpoint, None)
     schemes = {one.scheme for one in recipe.quantize.overrides} | {recipe.quantize.effective_scheme}
+    served = {(recipe.serve.engine, scheme) for scheme in schemes}
 
     def context(card: Card, size: int) -> int | None:
         if isinstance(shape, str) or size not in even:
@@ -173,7 +174,7 @@ def _on_cards(checkpoint: Checkpoint, recipe: Recipe, money: Money) -> tuple[OnC
             baseline=fitting_size(checkpoint, recipe, card.bytes, "measure-baseline", whole),
             context={size: context(card, size) for size in SHOWN_SIZES},
             per_million=money.per_million(card.name),
-            serves=not (card.blackwell and NOT_ON_BLACKWELL & schemes),
+            serves=not (card.blackwell and NOT_ON_BLACKWELL & served),
         )
         for card in CARDS
     )

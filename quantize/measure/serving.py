@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from quantize import records
@@ -21,7 +22,7 @@ from quantize.model_files import read_json_object
 from quantize.process import Process
 from quantize.remote_code import LET_IN
 from quantize.servers import SERVERS, url
-from quantize.servers.base import Launch, ServedAdapter, Server
+from quantize.servers.base import Launch, ServedAdapter, Server, explain, kv_cache_tokens
 from quantize.servers.support import LABELS
 from quantize.serving import Endpoint
 from quantize.stages.base import StageContext
@@ -91,18 +92,17 @@ def _serve(context: StageContext, scope: Scope, model: Path, port: int) -> Itera
             client.healthy,
             what,
             replace(context.runner.patience, silent_seconds=backend.START_SECONDS),
-            backend.explain,
+            partial(explain, backend),
         )
         runner = context.runner
         try:
             with (
                 runner.tool(label),
-                runner.blaming(process, what, backend.explain),
+                runner.blaming(process, what, partial(explain, backend)),
                 ServerWatch(process, client, what, runner.patience),
             ):
                 client.prepare(model, launch.context_tokens)
-                metrics = client.metrics() if backend.COUNTERS else {}
-                tokens = backend.kv_cache_tokens(metrics, process.output())
+                tokens = kv_cache_tokens(backend, process.output())
                 longest = longest_request(scope, client.max_model_len())
                 many = concurrency(context.recipe.serve.max_num_seqs, tokens, longest)
                 limits, tokenizer = client.limits(), launch.tokenizer or launch.model

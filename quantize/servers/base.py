@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -61,6 +61,8 @@ class Server(Protocol):
     READS: str  # safetensors or gguf: the format of what is not quantized
     START_SECONDS: float  # one that computes and logs nothing for this long is given up
     COUNTERS: tuple[str, ...]  # of its metrics, kept as they stood at the end
+    KV_CACHE: str | None  # pattern in the log: the tokens its KV cache holds, or their factors
+    KNOWN_FAILURES: tuple[tuple[str, str], ...]  # (pattern in the log, remedy)
     SCORER: str | None  # worker in ENVIRONMENT that scores text where the server cannot
 
     def command(self, launch: Launch) -> list[str]:
@@ -75,22 +77,16 @@ class Server(Protocol):
         """A connection that speaks this server's dialect."""
         ...
 
-    def machine_lacks(self, scheme: str, accelerator: str) -> str | None:
-        """Why this machine cannot serve what :mod:`quantize.servers.support` says is taken."""
-        ...
 
-    def explain(self, log: str) -> str | None:
-        """What to do about a failed start, from its log, or None for an unknown failure."""
-        ...
-
-    def kv_cache_tokens(self, metrics: dict[str, float], log: str) -> int | None:
-        """Tokens that the KV cache holds, as the server reports it."""
-        ...
+def explain(server: Server, log: str) -> str | None:
+    """What to do about a failed start, from its log, or None for an unknown failure."""
+    return next((said for pattern, said in server.KNOWN_FAILURES if re.search(pattern, log)), None)
 
 
-def remedy(log: str, failures: Sequence[tuple[str, str]]) -> str | None:
-    """The remedy of the first of `failures` (pattern, remedy) that a log shows."""
-    return next((said for pattern, said in failures if re.search(pattern, log)), None)
+def kv_cache_tokens(server: Server, log: str) -> int | None:
+    """Tokens that the KV cache holds, as the server's log reports it."""
+    found = re.search(server.KV_CACHE, log) if server.KV_CACHE else None
+    return math.prod(int(part.replace(",", "")) for part in found.groups()) if found else None
 
 
 def gguf_file(folder: Path) -> Path:

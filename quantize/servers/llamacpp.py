@@ -7,12 +7,11 @@ llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import ResourceError
-from quantize.servers.base import Launch, gguf_file, remedy
+from quantize.servers.base import Launch, gguf_file
 
 if TYPE_CHECKING:
     from quantize.measure.client import Client
@@ -35,6 +34,9 @@ SLOTS = 4
 whose memory is taken when the server starts: 64 of them, vLLM's number, would be 64 times that."""
 
 EXECUTABLE = "llama-server"
+KV_CACHE = r"n_slots = (\d+), n_ctx_slot = (\d+)"
+"""The start-up line `n_slots = 4, n_ctx_slot = 1024`; each slot has its own part."""
+
 KNOWN_FAILURES = (
     (r"failed to open GGUF file|invalid magic characters", "make the GGUF artifact again"),
     (r"model is corrupted or incomplete", "the GGUF file is cut off: make the artifact again"),
@@ -102,19 +104,3 @@ def client(base_url: str, model: str) -> Client:
     from quantize.measure.dialects import LlamaCppClient
 
     return LlamaCppClient(base_url, model)
-
-
-def machine_lacks(scheme: str, accelerator: str) -> str | None:
-    """It has code for every x86-64 processor."""
-    return None
-
-
-def explain(log: str) -> str | None:
-    """See the protocol."""
-    return remedy(log, KNOWN_FAILURES)
-
-
-def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:
-    """Read the start-up line `n_slots = 4, n_ctx_slot = 1024`; each slot has its own part."""
-    found = re.search(r"n_slots = (\d+), n_ctx_slot = (\d+)", log)
-    return int(found[1]) * int(found[2]) if found else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantize.servers.base import Launch, remedy
+from quantize.servers.base import Launch
 
 if TYPE_CHECKING:
     from quantize.measure.client import Client
@@ -28,6 +28,7 @@ COUNTERS = (
     "sglang:num_requests_total",
     "sglang:cached_tokens_total",
 )
+KV_CACHE = None  # its metrics have the share that is used, not the size
 
 KNOWN_FAILURES = (
     (r"CUDA out of memory|Not enough memory", "lower serve.gpu_memory_utilization"),
@@ -69,18 +70,3 @@ def client(base_url: str, model: str) -> Client:
     from quantize.measure.dialects import SglangClient
 
     return SglangClient(base_url, model)
-
-
-def machine_lacks(scheme: str, accelerator: str) -> str | None:
-    """See the protocol."""
-    return None
-
-
-def explain(log: str) -> str | None:
-    """See the protocol."""
-    return remedy(log, KNOWN_FAILURES)
-
-
-def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:
-    """See the protocol; its metrics have the share that is used, not the size."""
-    return None

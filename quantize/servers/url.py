@@ -20,6 +20,8 @@ READS = "safetensors"
 START_SECONDS = 0.0
 SCORER = None
 COUNTERS = ()
+KV_CACHE = None  # an endpoint does not say it
+KNOWN_FAILURES = ()  # there is no log
 
 
 def command(launch: Launch) -> list[str]:
@@ -60,18 +62,3 @@ def api_key(endpoint: Endpoint) -> str | None:
             f"set {name} to the endpoint's key, or remove api_key_variable",
         )
     return value
-
-
-def machine_lacks(scheme: str, accelerator: str) -> str | None:
-    """It runs on another machine."""
-    return None
-
-
-def explain(log: str) -> str | None:
-    """There is no log."""
-    return None
-
-
-def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:
-    """An endpoint does not say it."""
-    return None

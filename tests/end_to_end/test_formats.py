@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quantize.engines import stream
 from quantize.formats import weight_format
-from quantize.schemes import GROUPED, SCHEMES
+from quantize.schemes import GROUPED
 from quantize.tensors import from_float32, load_tensor, read_header, to_float32
 
 pytestmark = pytest.mark.end_to_end
@@ -35,7 +36,7 @@ def cases(folder: Path) -> dict[Path, tuple[str, int | str | None]]:
 
 def test_every_scheme_is_among_them(written: Path) -> None:
     found = set(cases(written).values())
-    schemes = {scheme for many in SCHEMES.values() for scheme in many}
+    schemes = {scheme for many in stream.METHODS.values() for scheme in many}
     assert {scheme for scheme, _ in found} == schemes
     assert {scheme for scheme, size in found if size == "channel"} == GROUPED
 

@@ -6,7 +6,6 @@ import pytest
 from model_server import Model, serving
 
 from quantize.measure.client import Client, VllmClient
-from quantize.servers import vllm
 
 
 @pytest.fixture
@@ -25,4 +24,4 @@ def client(model: Model) -> Iterator[Client]:
 @pytest.fixture(autouse=True)
 def same_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that serves 4-bit weights, whichever runs the tests: plans depend on it."""
-    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
+    monkeypatch.setattr("quantize.servers.cpu_has", {"avx512f"}.__contains__)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from quantize.errors import ResourceError, SourceError
-from quantize.servers import llamacpp
-from quantize.servers.base import Launch
+from quantize.servers import SERVERS, llamacpp
+from quantize.servers.base import Launch, explain, kv_cache_tokens
 from quantize.serving import Serve
 
 
@@ -144,7 +144,7 @@ ENDS = (
     ],
 )
 def test_remedies(line: str, remedy: str | None) -> None:
-    found = llamacpp.explain(f"0.00.057.941 {line}\n{ENDS}")
+    found = explain(SERVERS["llamacpp"], f"0.00.057.941 {line}\n{ENDS}")
     assert (found is None) == (remedy is None)
     assert found is None or remedy is None or remedy in found
 
@@ -154,5 +154,5 @@ def test_size_of_the_kv_cache() -> None:
         "0.04.792.302 I srv    load_model: initializing, n_slots = 4, n_ctx_slot = 1024, "
         "kv_unified = 'false'\n0.04.931.164 I srv  llama_server: model loaded\n"
     )
-    assert llamacpp.kv_cache_tokens({}, log) == 4096
-    assert llamacpp.kv_cache_tokens({}, "") is None
+    assert kv_cache_tokens(SERVERS["llamacpp"], log) == 4096
+    assert kv_cache_tokens(SERVERS["llamacpp"], "") is None

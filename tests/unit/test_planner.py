@@ -19,7 +19,6 @@ from quantize.planner import STAGES, plan, with_stale, with_status
 from quantize.recipe_file import load_recipe
 from quantize.resolve import resolve
 from quantize.resources import shipped_root
-from quantize.servers import vllm
 from quantize.stages.base import Resolved
 from quantize.store import Artifact, Store
 
@@ -366,7 +365,7 @@ def test_what_is_not_served_here_is_said(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
+    monkeypatch.setattr("quantize.servers.cpu_has", {"avx512f"}.__contains__)
     recipe = write_recipe(tmp_path, block, EVALUATE)
     made = plan(tiny(recipe=recipe, accelerator=accelerator), locks)
     assert bool(made.notes) == bool(noted)
@@ -385,7 +384,7 @@ def test_a_processor_without_avx512_measures_four_bits_unpacked(
     recipe = write_recipe(tmp_path, "quantize: {method: rtn}", EVALUATE)
     keys = {}
     for has in (True, False):
-        monkeypatch.setattr(vllm, "cpu_has", lambda _flag, has=has: has)
+        monkeypatch.setattr("quantize.servers.cpu_has", lambda _flag, has=has: has)
         made = plan(tiny(recipe=recipe, accelerator="cpu"), locks)
         keys[has] = {entry.id: entry.key for entry in made.stages}
     (note,) = made.notes

@@ -9,7 +9,7 @@ import pytest
 
 from quantize.engines import ENGINES
 from quantize.schemes import DEFAULT_SCHEME, SCHEMES
-from quantize.servers import SERVERS, cannot_serve, vllm
+from quantize.servers import SERVERS, cannot_serve
 from quantize.servers.support import (
     BF16,
     COMPRESSED,
@@ -91,7 +91,7 @@ def test_reasons(server: str, form: str, scheme: str, accelerator: str, says: st
 
 @pytest.mark.parametrize("scheme", COMPRESSED)
 def test_what_a_cpu_does_not_serve(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
+    monkeypatch.setattr("quantize.servers.cpu_has", {"avx512f"}.__contains__)
     reason = cannot_serve("vllm", "compressed-tensors", scheme, "cpu")
     assert (reason is None) == (scheme in {"W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"})
     assert cannot_serve("vllm", "compressed-tensors", scheme, "cuda") is None
@@ -100,7 +100,7 @@ def test_what_a_cpu_does_not_serve(scheme: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_a_method_makes_by_itself_is_served_everywhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
+    monkeypatch.setattr("quantize.servers.cpu_has", {"avx512f"}.__contains__)
     for method, scheme in DEFAULT_SCHEME.items():
         form = next(e.FORMAT for e in ENGINES.values() if method in e.METHODS)
         server = "llamacpp" if form == "gguf" else "vllm"

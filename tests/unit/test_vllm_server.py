@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from quantize.servers import cannot_serve, vllm
-from quantize.servers.base import Launch
+from quantize.servers import SERVERS, cannot_serve, vllm
+from quantize.servers.base import Launch, explain, kv_cache_tokens
 from quantize.serving import Serve
 
 
@@ -104,11 +104,11 @@ def test_another_checkpoints_tokenizer() -> None:
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
 def test_four_bits_need_avx512_on_a_cpu(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "cpu_has", lambda _flag: False)
+    monkeypatch.setattr("quantize.servers.cpu_has", lambda _flag: False)
     assert "AVX-512" in str(cannot_serve("vllm", form, "W4A16", "cpu"))
     assert cannot_serve("vllm", form, "W4A16", "cuda") is None
     assert cannot_serve("vllm", "compressed-tensors", "FP8_DYNAMIC", "cpu") is None
-    monkeypatch.setattr(vllm, "cpu_has", {"avx512f"}.__contains__)
+    monkeypatch.setattr("quantize.servers.cpu_has", {"avx512f"}.__contains__)
     assert cannot_serve("vllm", form, "W4A16", "cpu") is None
 
 
@@ -156,7 +156,7 @@ LINE = "(EngineCore pid=7) ERROR 11-20 17:31:10 [core.py:1] "
     ],
 )
 def test_remedies(message: str, remedy: str | None) -> None:
-    found = vllm.explain(f"{LINE}starting\n{LINE}{message}\n{LINE}shutting down\n")
+    found = explain(SERVERS["vllm"], f"{LINE}starting\n{LINE}{message}\n{LINE}shutting down\n")
     assert (found is None) == (remedy is None)
     assert found is None or remedy is None or remedy in found
 
@@ -171,4 +171,4 @@ def test_remedies(message: str, remedy: str | None) -> None:
     ],
 )
 def test_size_of_the_kv_cache(log: str, tokens: int | None) -> None:
-    assert vllm.kv_cache_tokens({}, log) == tokens
+    assert kv_cache_tokens(SERVERS["vllm"], log) == tokens
