@@ -295,7 +295,7 @@ def _fidelity(
     lowest: dict[int, float] = {}  # by bits
     for module, linear in coverage.quantized.items():
         info, form = linear.info, linear.form
-        rows = _sample(info.shape[0])
+        rows = sampled_rows(info.shape[0])
         theirs = to_float32(np.asarray(load_tensor(info)[rows]), info.dtype)
         ours = stored.dequantized_rows(form, linear.tensors, rows, info.shape)
         if rescales:
@@ -303,20 +303,20 @@ def _fidelity(
         elif (wrong := _wrong_gain(theirs, ours)) is not None:
             row, gain = wrong
             faults.append(f"{module}: row {rows[row]} is {gain:.2f} times the source's")
-        cosine = _cosine(theirs, ours)
-        lowest[form.bits] = min(lowest.get(form.bits, 1.0), cosine)
-        if not cosine >= LEAST_COSINE[form.bits]:
-            faults.append(f"{module}: cosine {cosine:.3f}")
+        similar = cosine(theirs, ours)
+        lowest[form.bits] = min(lowest.get(form.bits, 1.0), similar)
+        if not similar >= LEAST_COSINE[form.bits]:
+            faults.append(f"{module}: cosine {similar:.3f}")
         report(0)
     figures = [
-        f"{cosine:.4f} at {bits} bits (at least {LEAST_COSINE[bits]})"
-        for bits, cosine in sorted(lowest.items())
+        f"{least:.4f} at {bits} bits (at least {LEAST_COSINE[bits]})"
+        for bits, least in sorted(lowest.items())
     ]
     fine = f"lowest cosine with the source on sampled rows: {', '.join(figures)}"
     return _check("quantized weights are the source's", faults, fine)
 
 
-def _sample(rows: int) -> npt.NDArray[np.int64]:
+def sampled_rows(rows: int) -> npt.NDArray[np.int64]:
     """All rows, or evenly spread blocks of eight."""
     count = rows // 8
     if count <= SAMPLED_BLOCKS:
@@ -352,7 +352,7 @@ def _wrong_gain(
     return (int(wrong[0]), float(gain[wrong[0]])) if len(wrong) else None
 
 
-def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
     """<a, b> / (|a| |b|) over all elements; two zero arrays point the same way."""
     norm = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
     if norm == 0:

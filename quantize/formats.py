@@ -229,7 +229,7 @@ class ModuleFormats:
 def module_formats(quantize: Quantize) -> ModuleFormats:
     """What a recipe's quantize block promises of each linear.
 
-    Nothing for GGUF: llama.cpp's types are mixtures, see :mod:`quantize.gguf_types`.
+    Nothing for GGUF: llama.cpp's types are mixtures, see :mod:`quantize.gguf.types`.
     """
     if quantize.effective_format == "gguf":
         return ModuleFormats(("re:.*",), ())

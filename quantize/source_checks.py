@@ -18,7 +18,7 @@ from quantize.formats import (
     layout_bytes,
     module_formats,
 )
-from quantize.gguf_types import estimated_bytes
+from quantize.gguf.types import estimated_bytes
 from quantize.header_checks import check_headers, promises_of
 from quantize.modules import matches, module_name, nearest, served_unit
 from quantize.parallel_checks import check_tensor_parallel, parallel_faults

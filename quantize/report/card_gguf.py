@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.gguf_types import GGUF_TYPES
+from quantize.gguf.types import GGUF_TYPES
 from quantize.report.results import Record, bytes_text
 
 IMATRIX = "imatrix.gguf"

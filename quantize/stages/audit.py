@@ -2,7 +2,7 @@
 
 Inputs: `fetch` (the source) and `compress` (the artifact); `adapter`, where one is kept apart,
 which must be what was fetched and fit the artifact; `gguf`, where llama.cpp quantizes, which must
-be the source (:mod:`quantize.gguf_checks`). Writes `audit.json`::
+be the source (:mod:`quantize.gguf`). Writes `audit.json`::
 
     {"checks": [{"name", "passed", "detail"}], "quantized_modules": int, "kept_modules": [str],
      "bytes": {"source": int, "artifact": int, "expected": int},  # tensors, without headers
@@ -28,9 +28,10 @@ from quantize.checkpoint import Checkpoint, chat_template, model_folder, read_ch
 from quantize.config_checks import check_model_config, check_quantization_config
 from quantize.errors import SourceError, ToolError
 from quantize.formats import module_formats
-from quantize.gguf_checks import check_converted, check_quantized
-from quantize.gguf_file import read_gguf
-from quantize.gguf_values import is_quantized
+from quantize.gguf.against_bf16 import check_quantized
+from quantize.gguf.against_source import check_converted
+from quantize.gguf.file import read_gguf
+from quantize.gguf.values import is_quantized
 from quantize.keys import file_sha256
 from quantize.model_files import TOKENIZER_FILES, read_json_object
 from quantize.protocol import write_json

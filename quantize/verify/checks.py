@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 from quantize.errors import SourceError
-from quantize.gguf_file import read_gguf
+from quantize.gguf.file import read_gguf
 from quantize.listing import LISTING, SIGNATURE
 from quantize.model_files import is_weights
 from quantize.progress import Progress

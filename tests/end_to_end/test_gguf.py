@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantize.gguf_file import TYPES, read_gguf
-from quantize.gguf_types import GGUF_TYPES
-from quantize.gguf_values import DEQUANTIZE, SCALES, dequantized
+from quantize.gguf.file import TYPES, read_gguf
+from quantize.gguf.types import GGUF_TYPES
+from quantize.gguf.values import DEQUANTIZE, SCALES, dequantized
 from quantize.quantization import Quantize
 from quantize.stages.audit import audit_gguf
 from tests.end_to_end.conftest import ROOT, Work, environment

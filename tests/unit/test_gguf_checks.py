@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from checkpoints import floats, llama_tensors, safetensors_bytes
 
-from quantize import gguf_checks
 from quantize.checkpoint import read_checkpoint
-from quantize.gguf_file import read_gguf
-from quantize.gguf_types import FALLBACK, GGUF_TYPES, allowed_formats, bits_on_llama
+from quantize.gguf.against_bf16 import check_quantized
+from quantize.gguf.against_source import check_converted
+from quantize.gguf.file import read_gguf
+from quantize.gguf.types import FALLBACK, GGUF_TYPES, allowed_formats, bits_on_llama
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -91,8 +92,8 @@ class Case:
         source = read_checkpoint(self.source)
         converted = read_gguf(self.converted())
         made = read_gguf(gguf_files.write(self.folder / "made.gguf", self.made_metadata, self.made))
-        checks = gguf_checks.check_converted(source, converted, lambda _: None)
-        checks += gguf_checks.check_quantized(converted, made, "Q8_0", lambda _: None)
+        checks = check_converted(source, converted, lambda _: None)
+        checks += check_quantized(converted, made, "Q8_0", lambda _: None)
         return {check.name: check.detail for check in checks if not check.passed}
 
 
@@ -222,7 +223,7 @@ def test_what_another_architectures_converter_computes_is_said(case: Case) -> No
     norm_changed(case)
     assert case.faults() == {}
     source, converted = read_checkpoint(case.source), read_gguf(case.converted())
-    first = gguf_checks.check_converted(source, converted, lambda _: None)[0]
+    first = check_converted(source, converted, lambda _: None)[0]
     assert "20 of 21" in first.detail and "changed by the converter: model.norm" in first.detail
 
 
@@ -232,7 +233,7 @@ def test_gemmas_norms_are_one_more(case: Case) -> None:
         if values.ndim == 1:
             case.values[name] = values + np.float32(1)
     source, converted = read_checkpoint(case.source), read_gguf(case.converted())
-    first = gguf_checks.check_converted(source, converted, lambda _: None)[0]
+    first = check_converted(source, converted, lambda _: None)[0]
     assert "21 of 21" in first.detail
 
 

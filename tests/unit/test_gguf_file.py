@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantize.errors import SourceError
-from quantize.gguf_file import TYPES, read_gguf
-from quantize.gguf_values import DEQUANTIZE, SCALES, block_scales, dequantized
+from quantize.gguf.file import TYPES, read_gguf
+from quantize.gguf.values import DEQUANTIZE, SCALES, block_scales, dequantized
 
 METADATA = {"general.architecture": "llama", "general.file_type": 7, "tokens": ["a", "b"]}
 VALUES = np.arange(128, dtype=np.float32).reshape(2, 64)

@@ -1,4 +1,4 @@
-"""The GGUF format: strict headers, memory-mapped tensors; the values are in quantize.gguf_values.
+"""The GGUF format: strict headers, memory-mapped tensors; the values are in quantize.gguf.values.
 
 A file is the magic `GGUF`, a version, the numbers of tensors and of metadata entries, the entries,
 the tensors' descriptions, and from the next multiple of `general.alignment` on the tensors' bytes

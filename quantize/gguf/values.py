@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quantize.gguf_file import GgufTensor, TensorType
+from quantize.gguf.file import GgufTensor, TensorType
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
