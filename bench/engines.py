@@ -27,6 +27,7 @@ ROWS: tuple[tuple[str, str, str, str, str], ...] = (
     # who, engine, method, scheme, format
     ("round to nearest", "stream", "rtn", "W4A16_ASYM", "compressed-tensors"),
     ("ours", "stream", "awq", "W4A16_ASYM", "compressed-tensors"),
+    ("ours, clip", "stream", "awq", "W4A16_ASYM", "compressed-tensors"),
     ("llm-compressor", "llmcompressor", "awq", "W4A16_ASYM", "compressed-tensors"),
     ("AutoAWQ", "autoawq", "awq", "W4A16_ASYM", "awq"),
     ("ours", "stream", "gptq", "W4A16", "compressed-tensors"),
@@ -53,7 +54,9 @@ OUTLIER = 6.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", type=Path, required=True)
-    store = parser.parse_args().store.resolve()
+    parser.add_argument("--who", default="", help="only the rows of this one")
+    arguments = parser.parse_args()
+    store = arguments.store.resolve()
     plain = store.parent / "tiny-llama-without-outliers"
     without_outliers(CHECKPOINT, plain)
     for title, checkpoint in (("With outliers", CHECKPOINT), ("Without outliers", plain)):
@@ -61,7 +64,8 @@ def main() -> None:
         print(f"| {' | '.join(COLUMNS)} |")
         print("|---|---|---|---|---:|---|---|---:|---:|", flush=True)
         for row in ROWS:
-            print(measured(row, checkpoint, store), flush=True)
+            if arguments.who in row[0]:
+                print(measured(row, checkpoint, store), flush=True)
 
 
 def measured(row: tuple[str, str, str, str, str], checkpoint: Path, store: Path) -> str:
@@ -78,6 +82,8 @@ def measured(row: tuple[str, str, str, str, str], checkpoint: Path, store: Path)
         "evaluate.margins={}",
         "publish.folder=null",
     ]
+    if "clip" in who:
+        changes.append("quantize.clip=true")
     command = [sys.executable, "-m", "quantize", "run", "tiny-llama-gptq", "--json"]
     command += ["--store", str(store), *(p for change in changes for p in ("--set", change))]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

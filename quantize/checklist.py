@@ -18,8 +18,8 @@ from quantize import preflight as parts
 from quantize.adapter_checks import check_adapter
 from quantize.calibration_checks import check_calibration, has_messages
 from quantize.checkpoint import Checkpoint, examine
-from quantize.engine.support import why_not
 from quantize.engine_checks import check_engine
+from quantize.engines import stream
 from quantize.environment_checks import check_environments
 from quantize.environments import Environments
 from quantize.errors import QuantizeError
@@ -185,7 +185,7 @@ def on_schemes(now: Situation, checkpoint: Checkpoint) -> Told:
     """Module patterns, group sizes, blocks, tied heads, what is served as one matrix."""
     recipe = now.resolved.recipe
     told = Told(check_schemes(checkpoint, recipe))
-    reason = why_not(checkpoint.architecture, recipe.quantize.ignore)
+    reason = stream.leaves(checkpoint.architecture, recipe)
     if recipe.quantize.engine == "stream" and reason is not None:
         told.notes.append(f"llm-compressor's oneshot quantizes: {reason}")
     return told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantize.checkpoint import Checkpoint
-from quantize.engines import ENGINES, default_engine
+from quantize.engines import ENGINES, default_engine, stream
 from quantize.findings import Finding
 from quantize.modules import module_name
 from quantize.recipe import Recipe
@@ -19,6 +19,9 @@ def check_engine(checkpoint: Checkpoint, recipe: Recipe) -> list[Finding]:
     findings = []
     if (reason := engine.cannot_read(checkpoint.config)) is not None:
         findings.append(Finding(f"engine {name} cannot take this checkpoint: {reason}", hint))
+    if recipe.quantize.clip and (reason := stream.leaves(checkpoint.architecture, recipe)):
+        what = f"quantize.clip: {reason}, and llm-compressor's AWQ does not clip"
+        findings.append(Finding(what, "remove quantize.clip"))
     cannot_hold = getattr(engine, "cannot_hold", None)
     if cannot_hold is None:
         return findings

@@ -121,6 +121,11 @@ class Quantize(Block):
     activation_order: Literal["static", "weight", "none"] = Field(
         "static", description="GPTQ: the order in which columns are quantized."
     )
+    clip: bool = Field(
+        False,
+        description="AWQ by the streaming engine: look for the share of each group's range that "
+        "rounds best, as AutoAWQ does.",
+    )
     _old_engine_name: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
@@ -169,6 +174,8 @@ class Quantize(Block):
                 f"use {', '.join(allowed)}"
             )
         _refuse_group_size(self.effective_scheme, self.group_size)
+        if self.clip and self.method != "awq":
+            raise ValueError(f"clip with method {self.method}: it is a part of AWQ; remove it")
         if (part := engine.cannot_do(self)) is not None:
             raise ValueError(f"engine {self.engine} cannot do {part}: remove it, or use stream")
         if (self.effective_format == "gguf") != (self.engine == "llamacpp"):

@@ -19,8 +19,7 @@ from quantize.capacity.serving import (
 )
 from quantize.capacity.streaming import IMPORTS_BYTES, Run, device_peak, host_peak
 from quantize.checkpoint import EMBEDDING, LAYER, Checkpoint
-from quantize.engine.support import why_not
-from quantize.engines import ENGINES
+from quantize.engines import ENGINES, stream
 from quantize.formats import module_formats
 from quantize.modules import module_name
 from quantize.quantization import Quantize
@@ -102,15 +101,16 @@ def calibration_tokens(recipe: Recipe) -> tuple[int, int]:
     return calibration.samples * calibration.sequence_length, calibration.sequence_length
 
 
-def streams(checkpoint: Checkpoint, quantize: Quantize) -> bool:
+def streams(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     """Whether the streaming engine takes this checkpoint."""
-    return quantize.engine == "stream" and why_not(checkpoint.architecture, quantize.ignore) is None
+    asked = recipe.quantize.engine == "stream"
+    return asked and stream.leaves(checkpoint.architecture, recipe) is None
 
 
 def engine_run(recipe: Recipe, device: str) -> Run:
     """How the recipe's engine goes through a layer."""
     tokens, longest = calibration_tokens(recipe)
-    return Run(recipe.quantize.method, tokens, longest, device)
+    return Run(recipe.quantize.method, tokens, longest, device, recipe.quantize.clip)
 
 
 def stage_needs(
@@ -221,7 +221,7 @@ def _compress(checkpoint: Checkpoint, recipe: Recipe, stage: str, device: str) -
     model, run = decoder(checkpoint, recipe.quantize), engine_run(recipe, device)
     written = ENGINES[recipe.quantize.engine].FORMAT
     artifact = Part("the quantized checkpoint", promised_bytes(checkpoint, recipe, written))
-    if not streams(checkpoint, recipe.quantize):
+    if not streams(checkpoint, recipe):
         on_device = None if device == "cpu" else _whole_on_device(model, run)
         host = _whole(checkpoint, model, run, WIDTHS.get((recipe.quantize.engine, device), BF16))
         return Needs(stage, "compress", host, on_device, int(device == "cuda"), (artifact,))

@@ -145,7 +145,7 @@ def _figures(
 def _least(checkpoint: Checkpoint, recipe: Recipe, target: Gpus) -> float | None:
     """Seconds of the streaming engine on all these cards at least; None without a rate or data."""
     card, run = find_card(target.name), engine_run(recipe, "cuda")
-    if card is None or not run.tokens or not streams(checkpoint, recipe.quantize):
+    if card is None or not run.tokens or not streams(checkpoint, recipe):
         return None
     rate = card.bf16_tflops * target.count  # a process a card, see docs/engine.md
     return least_seconds(decoder(checkpoint, recipe.quantize), run, rate)

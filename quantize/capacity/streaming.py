@@ -10,6 +10,8 @@ L the layer's numbers, all in BF16 (2 bytes) unless FP32 (4 bytes) is said:
 - completing a Gram matrix: three temporaries of 4 n^2 (`Inputs.complete`);
 - AWQ's search: a scaled copy, 4 n^2, for each linear behind the same norm, and of the largest
   linear 12 R n while finalists are rounded (`awq.search`);
+- AWQ's clipping: a scaled copy, 4 n^2, and 24 bytes a number of at most 2^24 numbers at once
+  (`clip.clip`);
 - GPTQ: with W = 4 R n of the linears that share an input, W + 3 x 4 n^2 while the matrix is
   factorised (reordered copy, factor, factor turned round), 5 W + 4 n^2 at the end of the columns
   (`gptq.quantize`);
@@ -37,6 +39,7 @@ CUDA_SHARE = 0.1
 """Of a GPU peak, on top: what torch's allocator keeps in blocks that do not fit."""
 
 PACKING_BYTES = 12
+CLIPPING_BYTES, CLIPPED_TOGETHER = 24, 1 << 24
 PACKED_SHARE = 0.5
 """Of a layer in BF16 that its packed form takes at most (8 bits; 4 bits take 0.27)."""
 
@@ -51,6 +54,7 @@ class Run:
     tokens: int  # of calibration data; 0 without
     longest: int  # tokens of the longest sequence
     device: str  # cpu or cuda
+    clip: bool = False
 
     @property
     def gptq(self) -> bool:
@@ -139,6 +143,10 @@ def _moments(model: Decoder, run: Run) -> list[Peak]:
     ]
     if "awq" in run.method:
         moments += [Peak("AWQ's search", (*held, *_search(model)))]
+    if run.clip:
+        numbers = min(max(linear.elements for linear in model.linears), CLIPPED_TOGETHER)
+        rounding = Part("rounding a range", CLIPPING_BYTES * numbers, spare=True)
+        moments += [Peak("AWQ's clipping", (*held, _matrices(1, max(widths)), rounding))]
     if run.gptq:
         moments += [Peak("GPTQ", (*held, one)) for one in _gptq(model)]
     return moments

@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
 from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
 
-from quantize.engine import awq, gptq, nearest, sensitivity
+from quantize.engine import awq, clip, gptq, nearest, sensitivity
 from quantize.engine.hidden import Batch, HiddenStates
 from quantize.engine.inputs import Inputs, LayerEnds, Watch
 from quantize.engine.probe import TOKENS as PROBE_TOKENS
@@ -39,6 +39,7 @@ class Task:
     dampening: float
     sample_every: int  # of the tokens, for H; 1 = all
     ranks: Ranks
+    clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Done:
 
     tensors: Tensors = field(default_factory=dict)
     smoothed: list[dict[str, Any]] = field(default_factory=list)
+    clipped: list[dict[str, Any]] = field(default_factory=list)
     sensitivity: list[dict[str, Any]] = field(default_factory=list)
     unvisited: list[str] = field(default_factory=list)  # no calibration token reached them
     not_factorised: list[str] = field(default_factory=list)  # GPTQ rounded them to nearest
@@ -99,6 +101,8 @@ def quantize_layer(layer: Layer, task: Task, flow: Flow | None, advance: Advance
             _smooth(layer, mapping, watch, probe, task.ranks, done)
         advance(SEARCHED)
         _record(layer, watch, task.ranks, done)
+        if task.clip:
+            _clip(layer, watch, task.ranks, done)
         if task.gptq:
             _round_by_gptq(layer, watch, task, done)
             advance(ROUNDED)
@@ -245,6 +249,37 @@ def _smooth(
             "loss": found.loss,
         }
     )
+
+
+def _clip(layer: Layer, watch: Watch, ranks: Ranks, done: Done) -> None:
+    """Narrow the ranges of the linears' groups; each rank does some, then all hand theirs round."""
+    work = []
+    for name in layer.linears:
+        inputs, module = watch.of(name), layer.module.get_submodule(name)
+        if (
+            inputs is not None
+            and inputs.sampled
+            and clip.applies(name, layer.schemes[name].weights)
+        ):
+            work.append((name, module, inputs))
+    owners = _dealt([module.weight.numel() for _, module, _ in work], ranks.size)
+    for (name, module, inputs), owner in zip(work, owners, strict=True):
+        figures = torch.zeros(3, device=ranks.device)
+        if owner == ranks.rank:
+            gram = inputs.gram / inputs.sampled
+            found = clip.clip(module.weight.data, gram, layer.schemes[name].weights)
+            figures += torch.tensor([found.loss_before, found.loss, found.share]).to(figures)
+        ranks.add_up([figures])
+        ranks.broadcast(module.weight.data, owner)
+        before, loss, share = figures.tolist()
+        done.clipped.append(
+            {
+                "module": layer.prefix + name,
+                "groups": share,
+                "loss_before": before,
+                "loss": loss,
+            }
+        )
 
 
 def _record(layer: Layer, watch: Watch, ranks: Ranks, done: Done) -> None:

@@ -137,7 +137,7 @@ def _task(
     if sequences is not None and not gptq:
         every = max(1, sequences.tokens // SAMPLED_TOKENS)
     smooth = get_layer_mappings_from_model(skeleton.model) if "awq" in body["method"] else ()
-    return Task(tuple(smooth), gptq, body["dampening"], every, ranks)
+    return Task(tuple(smooth), gptq, body["dampening"], every, ranks, clip=body.get("clip", False))
 
 
 def _hidden(skeleton: Skeleton, work: Path, index: int, hold: bool = False) -> HiddenStates:
@@ -220,6 +220,7 @@ def _layer_record(index: int, started: float, done: Done) -> dict[str, Any]:
         "layer": index,
         "seconds": time.monotonic() - started,
         "smoothed": done.smoothed,
+        **({"clipped": done.clipped} if done.clipped else {}),
         "sensitivity": done.sensitivity,
         "unvisited": done.unvisited,
         "not_factorised": done.not_factorised,
@@ -280,7 +281,10 @@ def _result(journal: Journal, skeleton: Skeleton, layers: int) -> Result:
 
     return Result(
         quantized=sorted(name for name, scheme in skeleton.schemes.items() if scheme.weights),
-        layers=[{"layer": part["layer"], "seconds": part["seconds"]} for part in parts],
+        layers=[
+            {key: part[key] for key in ("layer", "seconds", "clipped") if key in part}
+            for part in parts
+        ],
         unvisited=list(named("unvisited")),
         not_factorised=list(named("not_factorised")),
     )

@@ -44,6 +44,8 @@ def cannot_do(quantize: Quantize) -> str | None:
         return "overrides"
     if quantize.kv_cache is not None:
         return "kv_cache"
+    if quantize.clip:
+        return "clip as an option (it always clips)"
     if quantize.effective_group_size not in GROUP_SIZES:
         return f"group_size {quantize.effective_group_size} (it has 32, 64 and 128)"
     return None if matches("lm_head", quantize.ignore) else "lm_head, which ignore does not name"

@@ -19,8 +19,8 @@ METHODS = stream.METHODS
 
 
 def cannot_do(quantize: Quantize) -> str | None:
-    """All of the block."""
-    return None
+    """All of the block but for clipping."""
+    return "clip (its AWQ has none)" if quantize.clip else None
 
 
 def cannot_read(config: Mapping[str, Any]) -> str | None:

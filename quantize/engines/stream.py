@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantize.engine.support import why_not
+
 if TYPE_CHECKING:
     from quantize.quantization import Quantize
+    from quantize.recipe import Recipe
 
 NAME = "stream"
 SAID = "quantize's own, a decoder layer at a time"
@@ -31,3 +34,10 @@ def cannot_do(quantize: Quantize) -> str | None:
 def cannot_read(config: Mapping[str, Any]) -> str | None:
     """Nothing: other architectures go to `llmcompressor`."""
     return None
+
+
+def leaves(architecture: str, recipe: Recipe) -> str | None:
+    """Why `llmcompressor` quantizes this checkpoint instead, or None."""
+    if recipe.model.trust_remote_code is not None:
+        return "the streaming engine runs no code of a checkpoint"
+    return why_not(architecture, recipe.quantize.ignore)

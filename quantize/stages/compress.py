@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantize.checkpoint import model_folder
-from quantize.engine.support import why_not
-from quantize.engines import ENGINES
+from quantize.engines import ENGINES, stream
 from quantize.model_files import TOKENIZER_FILES, any_match, checkpoint_files
 from quantize.modelfile import modelfile
 from quantize.protocol import write_atomic, write_json
@@ -52,6 +51,8 @@ def what_is_asked(quantize: Quantize) -> dict[str, Any]:
     if "gptq" in quantize.method or quantize.method == "int8":
         inputs["dampening"] = quantize.dampening
         inputs["activation_order"] = quantize.activation_order
+    if quantize.clip:
+        inputs["clip"] = True
     return inputs
 
 
@@ -85,6 +86,8 @@ def run(context: StageContext) -> None:
         "dampening": quantize.dampening,
         "activation_order": quantize.activation_order,
     }
+    if quantize.clip:
+        request["clip"] = True
     said = _engine(context)
     engine = ENGINES[said["engine"]]
     verbatim = BESIDE_GGUF if engine.FORMAT == "gguf" else VERBATIM
@@ -135,9 +138,7 @@ def _engine(context: StageContext) -> dict[str, str]:
     quantize = context.recipe.quantize
     source = context.inputs["fetch"].json("source.json")
     if quantize.engine == "stream":
-        reason = why_not(source["architecture"], quantize.ignore)
-        if context.recipe.model.trust_remote_code is not None:
-            reason = "the streaming engine runs no code of a checkpoint"
+        reason = stream.leaves(source["architecture"], context.recipe)
         if reason is not None:
             note = f"quantized by llm-compressor's oneshot: {reason}"
             context.notes.append(note)

@@ -1,12 +1,13 @@
 """The streaming engine on the calibrate stage's token ids.
 
 Runs in the llmcompressor environment; with several GPUs it starts itself again under torchrun, one
-process a GPU. The request body is that of `workers.oneshot`; beside the `output` folder it writes
-`sensitivity.json` where there was calibration data.
+process a GPU. The request body is that of `workers.oneshot` and, where it is asked for, `clip`;
+beside the `output` folder it writes `sensitivity.json` where there was calibration data.
 Result body: `quantized` (module names), `unvisited` and `not_factorised` (those that were rounded
 to nearest because no token reached them, or because their Gram matrix has no Cholesky factor),
-`layers` (seconds of each), `seconds`, `peak_memory_bytes`, `versions`; `peak_device_bytes` on a
-GPU.
+`layers` (seconds of each; with `clip`, of each linear the share of its groups whose range was
+narrowed, and the loss before and after), `seconds`, `peak_memory_bytes`, `versions`;
+`peak_device_bytes` on a GPU.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from transformers import Gemma2Config, LlamaConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from quantize.engine import awq, sensitivity
+from quantize.engine import awq, clip, sensitivity
 from quantize.engine.inputs import Inputs, Watch
 from quantize.engine.layer import Layer
 from quantize.engine.probe import Probe
@@ -364,7 +364,54 @@ def sensitivities() -> dict[str, Any]:
     return figures
 
 
+def clipped(scheme_name: str, group_size: int | str) -> dict[str, Any]:
+    """Each group's range is the best of those tried, by packed weights on the tokens in float64."""
+    rows, columns = 48, 256
+    scheme = preset(scheme_name, group_size)
+    size = columns if group_size == "channel" else int(group_size)
+    x = activations(1024, columns, 7)
+    weight = weights(rows, columns, 7)
+    parts = weight.view(rows, -1, size)
+    low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+    losses = []
+    for share in clip.SHARES:
+        tried = parts.clamp(low * share, high * share).view(rows, columns)
+        error = (stored(tried, scheme).double() - weight.double()).view(parts.shape)
+        by_group = x.double().view(len(x), -1, size)
+        outputs = torch.einsum("tgs,rgs->trg", by_group, error)
+        losses.append(outputs.square().sum(0) / len(x))
+    best = torch.stack(losses).amin(0)
+    inputs = Inputs.empty(columns, torch.device("cpu"))
+    inputs.add(x, 1)
+    inputs.complete()
+    made = weight.clone()
+    found = clip.clip(made, inputs.gram / inputs.sampled, scheme.weights)
+    error = (stored(made, scheme).double() - weight.double()).view(parts.shape)
+    reached = torch.einsum("tgs,rgs->trg", x.double().view(len(x), -1, size), error)
+    reached = reached.square().sum(0) / len(x)
+    whole = output_error(stored(weight, scheme).double() - weight.double(), x) / len(x)
+    figures = {
+        "loss before": relative(found.loss_before, float(losses[0].sum())),
+        "loss": relative(found.loss, float(best.sum())),
+        "of the whole range": float(best.sum() / losses[0].sum()),
+        "worst group": float((reached / best).max()),
+        "output error": output_error(stored(made, scheme).double() - weight.double(), x)
+        / len(x)
+        / whole,
+        "share": found.share,
+    }
+    assert figures["loss before"] < 1e-3 and figures["loss"] < 1e-3, figures
+    # Two shares that come out alike may change places by the sums' rounding.
+    assert figures["worst group"] < 1.01, figures
+    assert figures["of the whole range"] < 0.9 and figures["output error"] < 0.95, figures
+    assert 0.2 < found.share < 1, figures
+    return figures
+
+
 CHECKS = {
+    "awq_clip_groups": lambda: clipped("W4A16_ASYM", 64),
+    "awq_clip_symmetric": lambda: clipped("W4A16", 128),
+    "awq_clip_channel": lambda: clipped("W4A16_ASYM", "channel"),
     "awq_search_w4a16_asym": lambda: search("Llama", "W4A16_ASYM", 32),
     "awq_search_w4a16": lambda: search("Llama", "W4A16", 64),
     "awq_search_channel": lambda: search("Llama", "W4A16", "channel"),

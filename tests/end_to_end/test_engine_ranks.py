@@ -68,6 +68,7 @@ class Job:
             "kv_cache": None,
             "dampening": 0.01,
             "activation_order": "static",
+            "clip": name == "awq",  # each rank does some of the linears
             "copy": [],
         }
         (folder / "work").mkdir(parents=True)
@@ -205,6 +206,13 @@ def test_awq(pairs: Callable[[str], Pair]) -> None:
         assert len(one.parts[part]["smoothed"]) >= 3
         close(one, two, part, within=5e-3)
         assert differing(one, two, part) < 1e-3
+        for a, b in zip(one.parts[part]["clipped"], two.parts[part]["clipped"], strict=True):
+            assert a["module"] == b["module"]
+            assert 0 < a["groups"] < 1 and a["groups"] == pytest.approx(b["groups"], abs=0.01)
+            assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+            assert a["loss"] < a["loss_before"]
+        clipped = {entry["module"].rpartition(".")[2] for entry in two.parts[part]["clipped"]}
+        assert clipped == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])

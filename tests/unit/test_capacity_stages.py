@@ -18,6 +18,7 @@ from quantize.capacity.planned import Money, Planned, planned
 from quantize.capacity.serving import attention, context_tokens, least_gpus, share_bytes_per_token
 from quantize.capacity.streaming import (
     BATCH_TOKENS,
+    CLIPPED_TOGETHER,
     Run,
     _moments,
     device_peak,
@@ -255,9 +256,10 @@ def test_the_least_time_is_operations_over_the_rate() -> None:
 def test_constants_are_the_engines() -> None:
     """The core cannot import the engine, which needs torch."""
     engine = shipped_root() / "quantize" / "engine"
-    text = (engine / "hidden.py").read_text() + (engine / "stream.py").read_text()
+    text = "\n".join((engine / f"{name}.py").read_text() for name in ("hidden", "stream", "clip"))
     assert f"BATCH_TOKENS = {json.dumps(BATCH_TOKENS)}" in text
     assert f"\nSAMPLED_TOKENS = {SAMPLED_TOKENS}\n" in text
+    assert f"\nCHUNK = 1 << {CLIPPED_TOGETHER.bit_length() - 1}\n" in text
 
 
 def test_the_table_of_cards_is_sound() -> None:

@@ -46,6 +46,9 @@ def test_no_notice_without_an_old_name() -> None:
         (AWQ | {"group_size": 256}, "group_size 256"),
         (AWQ | {"ignore": ()}, "lm_head, which ignore does not name"),
         (AWQ | {"kv_cache": "fp8"}, "cannot do kv_cache"),
+        (AWQ | {"clip": True}, "cannot do clip as an option (it always clips)"),
+        ({"method": "awq", "engine": "llmcompressor", "clip": True}, "clip (its AWQ has none)"),
+        ({"method": "awq+gptq", "clip": True}, "clip with method awq+gptq: it is a part of AWQ"),
         (GPTQ | {"ignore": ()}, "lm_head, which ignore does not name"),
         (GPTQ | {"group_size": 96}, "group_size 96"),
         (GPTQ | {"activation_order": "weight"}, "activation_order weight, which vLLM no longer"),
@@ -145,6 +148,18 @@ def test_the_check_names_engine_reason_and_remedy(tmp_path: Path) -> None:
     said = said_of(folder, **AWQ, group_size=32)
     assert said.startswith("engine autoawq cannot take this checkpoint: model type smol is not")
     assert said.endswith("→ use engine stream")
+    assert said_of(folder, method="awq", group_size=32) == ""
+
+
+def test_clipping_is_not_left_to_an_engine_without_it(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    assert said_of(folder, method="awq", group_size=32, clip=True) == ""
+    edit_json(folder / "config.json", {"architectures": ["SmolForCausalLM"]})
+    said = said_of(folder, method="awq", group_size=32, clip=True)
+    assert said == (
+        "quantize.clip: the streaming engine is not verified on SmolForCausalLM, and "
+        "llm-compressor's AWQ does not clip → remove quantize.clip"
+    )
     assert said_of(folder, method="awq", group_size=32) == ""
 
 

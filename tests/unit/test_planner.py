@@ -95,6 +95,8 @@ def ids(made: Plan) -> tuple[str, ...]:
         ("quantize.overrides=[]", set()),
         ("quantize.kv_cache=fp8", COMPRESSED),
         ("quantize.engine=llmcompressor", COMPRESSED),
+        ("quantize.clip=true", COMPRESSED),
+        ("quantize.clip=false", set()),
         ("evaluate.margins.perplexity_ratio=1.2", COMPARED),
         ("evaluate.margins.task_drop=0.2", COMPARED),
         ("evaluate.margins.recovery=none", COMPARED),
