@@ -27,6 +27,7 @@ from quantize.findings import Finding, Told, raise_findings
 from quantize.header_checks import check_headers, notes_on_dtypes, promises_of
 from quantize.parallel_checks import cpu_kernel_findings
 from quantize.resource_checks import check_resources
+from quantize.schemes import IMATRIX
 from quantize.server_checks import check_serving
 from quantize.source_checks import (
     check_lengths,
@@ -188,6 +189,12 @@ def on_schemes(now: Situation, checkpoint: Checkpoint) -> Told:
     reason = stream.leaves(checkpoint.architecture, recipe)
     if recipe.quantize.engine == "stream" and reason is not None:
         told.notes.append(f"llm-compressor's oneshot quantizes: {reason}")
+    scheme = recipe.quantize.effective_scheme
+    if scheme in IMATRIX and recipe.calibration is None and recipe.quantize.artifact is None:
+        told.notes.append(
+            f"no calibration data: {scheme} is rounded without an importance matrix, and loses "
+            "more, much more where a few channels are large (docs/gguf.md)"
+        )
     return told
 
 

@@ -71,6 +71,18 @@ def test_a_sound_recipe(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(("scheme", "noted"), [("Q4_K_M", True), ("Q8_0", False)])
+def test_a_type_that_gets_no_importance_matrix(scheme: str, noted: bool, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    block = {"format": "gguf", "scheme": scheme}
+    for calibration in (None, {"source": "rows.jsonl", "sequence_length": 128}):
+        recipe = write_recipe(tmp_path, quantize=block, calibration=calibration)
+        notes = row(check(tmp_path, recipe), "schemes and groups").told.notes
+        assert any("without an importance matrix" in note for note in notes) == (
+            noted and calibration is None
+        )
+
+
 def test_faults_of_all_kinds_at_once_for_check_and_run_alike(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,
