@@ -19,6 +19,7 @@ from checkpoints import (
 from hub_fixture import READ_TOKEN, TOKEN, hub_server, online
 
 from quantize import calibration_checks, resource_checks
+from quantize import preflight as parts
 from quantize.calibration_checks import check_calibration
 from quantize.checklist import preflight
 from quantize.checkpoint import read_checkpoint
@@ -484,3 +485,18 @@ def test_what_does_not_fit_on_the_hub_is_found_with_the_rest(
             preflight(both, tmp_path)
         assert "is public" in error.value.message
         preflight(both, tmp_path, {"compress", "measure"})  # published already
+
+
+@pytest.mark.parametrize("taken", ["model", "adapter", "base", "store"])
+@pytest.mark.parametrize("place", [".", "inside", ".."])
+def test_what_is_published_keeps_clear_of_what_is_read(
+    taken: str, place: str, tmp_path: Path
+) -> None:
+    names = ("model", "adapter", "base", "store", "calibration")
+    folders = {name: tmp_path / name / "folder" for name in names}
+    made = recipe(publish={"folder": str(folders[taken] / place)})
+    store = folders.pop("store")
+    (finding,) = parts.check_folder(resolved(tmp_path, made, **folders), store)
+    assert f"overlaps {tmp_path / taken / 'folder'}, which is in use" in finding.message
+    elsewhere = recipe(publish={"folder": str(tmp_path / "out")})
+    assert parts.check_folder(resolved(tmp_path, elsewhere, **folders), store) == []

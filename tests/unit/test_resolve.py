@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from quantize.errors import RecipeError, SourceError
-from quantize.hash_cache import HashCache
+from quantize.hash_cache import HashCache, stamp_of
 from quantize.keys import digest, file_sha256
 from quantize.recipe_file import load_recipe
 from quantize.resolve import resolve, task_files
@@ -248,6 +248,26 @@ def test_cache_answers_without_reading(tmp_path: Path) -> None:
     # same size and mtime, other content: ctime or inode gives it away
     old(file, "two")
     assert HashCache(saved).sha256(file) == file_sha256(file) != true
+
+
+@pytest.mark.parametrize("part", ["size", "mtime", "ctime", "inode"])
+def test_each_part_of_the_stamp_counts(part: str, tmp_path: Path) -> None:
+    file, saved = old(tmp_path / "a", "one"), tmp_path / "cache.json"
+    entry = [*stamp_of(file), "from the cache"]
+    saved.write_text(json.dumps({str(file): entry}))
+    assert HashCache(saved).sha256(file) == "from the cache"
+    entry[["size", "mtime", "ctime", "inode"].index(part)] += 1
+    saved.write_text(json.dumps({str(file): entry}))
+    assert HashCache(saved).sha256(file) == file_sha256(file)
+
+
+def test_cache_does_not_remember_a_file_that_changed_meanwhile(tmp_path: Path) -> None:
+    file = old(tmp_path / "a", "one")
+    cache = HashCache(tmp_path / "cache.json", settle_seconds=-1)
+    cache.remember(file, [3, 0, 0, 0], "of what it was")
+    assert cache.entries == {}
+    cache.remember(file, stamp_of(file), "of what it is")
+    assert str(file) in cache.entries
 
 
 def test_cache_does_not_remember_files_just_written(tmp_path: Path) -> None:
