@@ -113,6 +113,14 @@ def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
     assert "x.gguf" in caught.value.message
 
 
+def test_a_header_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.gguf.file.HEADER_LIMIT_BYTES", 1 << 20)
+    longest = one_entry(struct.pack("<I", 8) + gguf_files.text("x" * (1 << 20)))
+    with pytest.raises(SourceError, match="a header of more than 1 MiB"):
+        read(tmp_path, longest)
+    read(tmp_path, one_entry(struct.pack("<I", 8) + gguf_files.text("x" * ((1 << 20) - 64))))
+
+
 def test_a_key_or_a_tensor_twice(tmp_path: Path) -> None:
     twice = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * gguf_files.entry("k", "v")
     with pytest.raises(SourceError, match="has k twice"):
