@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize import preflight as parts
@@ -394,9 +394,25 @@ def preflight(
 def _told(check: Check, now: Situation) -> Told:
     """What a check tells; an error of ours that it meets is a finding."""
     try:
-        return check.make(now)
+        told = check.make(now)
     except QuantizeError as error:
-        return Told([Finding.of(error)])
+        told = Told([Finding.of(error)])
+    if now.outline is None:
+        return told
+    # The outline is gone when the message is read: its files are the repository's.
+    place, name = str(now.outline), now.resolved.recipe.model.source
+
+    def named(text: str) -> str:
+        return text.replace(place, name)
+
+    return replace(
+        told,
+        findings=[
+            replace(one, message=named(one.message), hint=named(one.hint)) for one in told.findings
+        ],
+        notes=[named(note) for note in told.notes],
+        unchecked=named(told.unchecked),
+    )
 
 
 @contextmanager

@@ -259,6 +259,39 @@ def test_shards_without_a_whole_header_on_the_hub(tmp_path: Path, on_hub: Any) -
     assert "model-00002-of-00003.safetensors is truncated" in said
 
 
+def test_a_header_that_is_larger_than_any_is_not_brought(
+    tmp_path: Path, on_hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = on_hub
+    limit = 8 << 20
+    shard = folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes((limit + 1).to_bytes(8, "little") + b"{" + b" " * limit)
+    for module in ("hub.outline", "tensors"):
+        monkeypatch.setattr(f"quantize.{module}.HEADER_LIMIT_BYTES", limit)
+    with hub_server() as server:
+        publish(server, folder)
+        said = messages(check(tmp_path, recipe(server)))
+    assert f"a header of {limit + 1} bytes (at most {limit})" in said
+    asked = [seen for seen in server.seen if seen.method == "GET"]
+    ranges = {seen.headers.get("range") for seen in asked if seen.path.endswith(shard.name)}
+    assert ranges == {"bytes=0-262143"}
+
+
+def test_a_file_that_is_larger_than_any_is_not_brought(
+    tmp_path: Path, on_hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = on_hub
+    (folder / "tokenizer.json").write_text(" " * (1 << 20) + "{}")
+    for module in ("hub.outline", "model_files"):
+        monkeypatch.setattr(f"quantize.{module}.JSON_LIMIT_BYTES", 1 << 20)
+    with hub_server() as server:
+        publish(server, folder)
+        said = messages(check(tmp_path, recipe(server)))
+    assert f"{SOURCE}/tokenizer.json has {(1 << 20) + 2} bytes, far more than" in said
+    asked = [seen for seen in server.seen if seen.method == "GET"]
+    assert not [seen for seen in asked if seen.path.endswith("tokenizer.json")]
+
+
 def test_half_an_outline_is_no_broken_checkpoint(
     tmp_path: Path, on_hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from quantize.checkpoint import (
 )
 from quantize.errors import CredentialsError, ResourceError, SourceError
 from quantize.findings import Finding, raise_findings
+from quantize.untrusted import FRONT_MATTER_LIMIT_BYTES
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"
 SECOND = "model-00002-of-00003.safetensors"
@@ -285,6 +286,9 @@ def test_card_metadata_keeps_yaml_traps_as_text(tmp_path: Path) -> None:
     assert len(card_metadata(tmp_path)) == 100  # side by side, not inside each other
     readme.write_text("# No front matter\n---\n")
     assert card_metadata(tmp_path) == {}
+    readme.write_text("---\n" + "k: " + "x" * FRONT_MATTER_LIMIT_BYTES + "\n---\n")
+    with pytest.raises(SourceError, match="longer than"):
+        card_metadata(tmp_path)
     readme.write_text("---\nlicense: [\n---\n")
     with pytest.raises(SourceError, match="front matter"):
         card_metadata(tmp_path)
