@@ -22,7 +22,7 @@ def main() -> None:
     # llama.cpp is compiled for minutes, on the core that the unit tests leave idle.
     with environments():
         codes = [run("pytest", UNIT, *arguments)]
-    codes.append(run("pytest", "--ignore", UNIT, *arguments))
+    codes.append(run("pytest", "--ignore", UNIT, "--durations", "25", *arguments))
     sys.exit(max(codes))
 
 
