@@ -27,6 +27,9 @@ from quantize.disk import fault
 VERSION = 1
 MANY_EVENTS = 10_000
 
+RESERVE_BYTES = 16 << 10
+"""Kept free for a result that says that the disk is full."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -158,6 +161,22 @@ def _is_out_of_memory(error: Exception) -> bool:
     return named or "can't allocate memory" in str(error)
 
 
+def reserve(result_path: str | Path) -> Path:
+    """The file of `RESERVE_BYTES` beside a result, which whoever starts a worker writes before."""
+    return Path(f"{result_path}.reserve")
+
+
+def _written(result: Result, path: str) -> Result:
+    """Write a result; on a full disk in the place of the reserve, one that says so."""
+    try:
+        write_json(path, asdict(result))
+    except OSError as error:
+        reserve(path).unlink(missing_ok=True)
+        result = _failed(error) if result.ok else result
+        write_json(path, asdict(result))
+    return result
+
+
 def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
     """The whole life of a worker process: read, run, write; exit 0 only when it worked."""
     request_path, result_path = sys.argv[1:3]
@@ -170,7 +189,7 @@ def worker_main(run: Callable[[Request, Events], dict[str, Any]]) -> None:
     except Exception as error:  # the log file has the traceback; the result has one line
         traceback.print_exc()
         result = _failed(error)
-    write_json(result_path, asdict(result))
+    result = _written(result, result_path)
     sys.stdout.flush()
     sys.stderr.flush()
     # Libraries leave threads and atexit hooks behind that can hang; the result is on disk.

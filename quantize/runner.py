@@ -18,7 +18,7 @@ from quantize.liveness import DEFAULT_PATIENCE, Patience, Watch, end_hung
 from quantize.out_of_memory import MORE, SIGKILLED, explain_end, of_sigkill
 from quantize.process import Process
 from quantize.progress import Progress
-from quantize.protocol import Request, load_result, write_json
+from quantize.protocol import RESERVE_BYTES, Request, load_result, reserve, write_json
 
 EVENTS_BYTES = 1 << 20
 LAST_CHARACTERS = 20_000
@@ -68,6 +68,8 @@ class Runner:
             stale.unlink(missing_ok=True)
         request = Request(name, body, str(work), str(events_file))
         write_json(request_file, asdict(request))
+        kept_free = reserve(result_file)
+        kept_free.write_bytes(bytes(RESERVE_BYTES))
         command = [str(python), "-P", "-m", f"quantize.workers.{name}"]
         command += [str(request_file), str(result_file)]
         started = time.monotonic()
@@ -88,6 +90,7 @@ class Runner:
             while tail.read():
                 continue
         self._spent(label, started)
+        kept_free.unlink(missing_ok=True)
         if not result_file.exists():
             raise _without_result(label, code, process, kills, watch.vitals.peak_bytes)
         result = load_result(result_file)

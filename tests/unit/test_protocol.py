@@ -73,6 +73,16 @@ def run(request, events):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
         case "disk":
             raise OSError(errno.ENOSPC, "No space left on device")
+        case "full disk":
+            replace = os.replace
+            def refused(source, target):
+                if os.path.exists(sys.argv[2] + ".reserve"):
+                    raise OSError(errno.ENOSPC, "No space left on device", target)
+                replace(source, target)
+            os.replace = refused
+            if body["error"]:
+                raise OSError(errno.ENOSPC, "No space left on device", "weights")
+            return {}
         case "exit":
             print("last words", flush=True)
             sys.exit(3)
@@ -181,6 +191,18 @@ def test_failures(
     assert type(caught.value) is error
     assert hint in caught.value.hint
     assert do == "disk" or str(bench.runner.logs / "job.log") in caught.value.hint
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_a_disk_without_room_for_the_result(error: bool, bench: Bench) -> None:
+    """The place is kept beforehand: without it the message would be the log's end, a traceback."""
+    with pytest.raises(ResourceError, match=r"^job: the disk is full: ") as caught:
+        bench.run("full disk", error=error)
+    assert "Traceback" not in caught.value.message
+    assert ("weights" in caught.value.message) is error
+    assert not list(bench.work.glob("*.reserve"))
+    bench.run("progress")
+    assert not list(bench.work.glob("*.reserve"))
 
 
 def test_a_traceback_goes_to_the_log_and_not_to_the_message(bench: Bench) -> None:

@@ -73,6 +73,12 @@ class Bench:
             os.rename(self.store.root, self.clean.root)
             os.rename(self.published, self.clean_published)
         self.stages = self.planned()
+        other = [name for name, at in self.stages.items() if not self.clean.path(*at).exists()]
+        if other:
+            raise Broken(
+                f"{self.folder} was prepared by another checkout, or with other measurements: its "
+                f"undisturbed run has no {', '.join(other)} with these keys; delete it"
+            )
 
     def planned(self) -> dict[str, tuple[str, str]]:
         """(kind, key) of every stage by its id, in the plan's order."""
