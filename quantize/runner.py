@@ -27,6 +27,10 @@ DYING_SECONDS = 5.0
 """A server that breaks off its answers is given this long to be gone, and its log complete."""
 
 
+Explain = Callable[[str], tuple[str, str] | None]
+"""Of a server's log the line that tells why it ended, and the remedy; None if it is not known."""
+
+
 @dataclass
 class Runner:
     """What a stage may start, and where the logs of one run lie."""
@@ -92,7 +96,8 @@ class Runner:
         self._spent(label, started)
         kept_free.unlink(missing_ok=True)
         if not result_file.exists():
-            raise _without_result(label, code, process, kills, watch.vitals.peak_bytes)
+            peak = watch.vitals.peak_bytes
+            raise _without_result(label, code, process, kills, peak, process.tail())
         result = load_result(result_file)
         if not result.ok:
             kind = errors.KINDS.get(result.kind, ToolError)
@@ -131,12 +136,11 @@ class Runner:
         ready: Callable[[], bool],
         what: str,
         patience: Patience,
-        explain: Callable[[str], str | None],
+        explain: Explain,
     ) -> float:
         """Wait for `ready`, and return after how many seconds it was.
 
-        The process's death is an error, and that it hangs: its progress is what it logs. `explain`
-        knows remedies by log.
+        The process's death is an error, and that it hangs: its progress is what it logs.
         """
         started, kills = time.monotonic(), control_group.kills()
         watch, logged = Watch([process], patience), 0
@@ -157,9 +161,7 @@ class Runner:
         return time.monotonic() - started
 
     @contextmanager
-    def blaming(
-        self, process: Process, what: str, explain: Callable[[str], str | None]
-    ) -> Iterator[None]:
+    def blaming(self, process: Process, what: str, explain: Explain) -> Iterator[None]:
         """A failure inside whose cause is that `process` dies is raised as what its log says."""
         kills = control_group.kills()
         try:
@@ -208,25 +210,28 @@ def _ended(
     what: str,
     code: int,
     process: Process,
-    explain: Callable[[str], str | None],
+    explain: Explain,
     kills: Kills,
     peak_bytes: int,
 ) -> errors.QuantizeError:
     """The error for a server that ended, with the remedy where `explain` knows one."""
     if process.hung:
         return TransientError(process.hung, f"run the same command again; {_where(process)}")
-    error = _without_result(what, code, process, kills, peak_bytes)
-    remedy = explain(process.output())
-    return ResourceError(error.message, f"{remedy}; {_where(process)}") if remedy else error
+    found = explain(process.output())
+    if found is None:
+        return _without_result(what, code, process, kills, peak_bytes, process.tail())
+    line, remedy = found
+    error = _without_result(what, code, process, kills, peak_bytes, line)
+    return ResourceError(error.message, f"{remedy}; {_where(process)}")
 
 
 def _without_result(
-    what: str, code: int, process: Process, kills: Kills, peak_bytes: int
+    what: str, code: int, process: Process, kills: Kills, peak_bytes: int, last: str
 ) -> errors.QuantizeError:
-    """The error for a process that ended without saying why."""
+    """The error for a process that ended without saying why; `last` is shown of its log."""
     where = _where(process)
     memory = explain_end(code, process.output()[-LAST_CHARACTERS:], kills, peak_bytes)
-    tail = f":\n{process.tail()}" if process.output().strip() else ""
+    tail = f":\n{last}" if last.strip() else ""
     if memory is not None:
         how = "was killed (SIGKILL)" if code in SIGKILLED else f"ended with exit code {code}"
         return ResourceError(f"{what} {how}, {memory}{tail}", f"{MORE}; {where}")

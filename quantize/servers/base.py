@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from quantize.measure.client import Client
     from quantize.serving import Serve
 
+LINE_CHARACTERS = 400
+"""Of a line of a log that stands in an error."""
+
 MATRIX = "imatrix.gguf"
 """llama.cpp keeps the importance matrix in its own format, too."""
 
@@ -62,7 +65,7 @@ class Server(Protocol):
     START_SECONDS: float  # one that computes and logs nothing for this long is given up
     COUNTERS: tuple[str, ...]  # of its metrics, kept as they stood at the end
     KV_CACHE: str | None  # pattern in the log: the tokens its KV cache holds, or their factors
-    KNOWN_FAILURES: tuple[tuple[str, str], ...]  # (pattern in the log, remedy)
+    KNOWN_FAILURES: tuple[tuple[str, str | None], ...]  # (pattern in the log, remedy), see explain
     SCORER: str | None  # worker in ENVIRONMENT that scores text where the server cannot
 
     def command(self, launch: Launch) -> list[str]:
@@ -78,9 +81,18 @@ class Server(Protocol):
         ...
 
 
-def explain(server: Server, log: str) -> str | None:
-    """What to do about a failed start, from its log, or None for an unknown failure."""
-    return next((said for pattern, said in server.KNOWN_FAILURES if re.search(pattern, log)), None)
+def explain(server: Server, log: str) -> tuple[str, str] | None:
+    """The line of a server's log that tells why it ended, and what to do about that.
+
+    None for an unknown failure, and for one of the table without a remedy: what is behind that in
+    the table would only be its consequence.
+    """
+    for pattern, remedy in server.KNOWN_FAILURES:
+        if found := re.search(pattern, log):
+            start, end = log.rfind("\n", 0, found.start()) + 1, log.find("\n", found.end())
+            line = log[start : end if end >= 0 else None].strip()
+            return (line[-LINE_CHARACTERS:], remedy) if remedy else None
+    return None
 
 
 def kv_cache_tokens(server: Server, log: str) -> int | None:

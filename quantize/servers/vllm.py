@@ -52,6 +52,13 @@ KNOWN_FAILURES = (
         r"[Aa]ddress already in use",
         "another program has taken the port: run the same command again",
     ),
+    (r"WorkerProc failed to start", None),  # an exception, which the log tells
+    (
+        r"Failed core proc\(s\): \{[^}]*: -9\b|died unexpectedly \(exit code: -9\)"
+        r"|WorkerProc initialization failed",
+        "one of the server's processes was killed (SIGKILL), perhaps for using too much memory: "
+        "run the same command again, or give it more memory",
+    ),
 )
 """(pattern in the log, remedy), with the words of vLLM 0.32."""
 

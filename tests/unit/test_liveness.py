@@ -46,20 +46,20 @@ def endless_loop(events):
         pass
 
 def computes(events):
-    end = time.monotonic() + 4
+    end = time.monotonic() + 8
     while time.monotonic() < end:
         sum(range(10000))
 
 def writes(events):
     with open(os.environ["SCRATCH"], "wb") as file:
-        for _ in range(20):
+        for _ in range(40):
             time.sleep(0.2)
             file.write(bytes(100_000))
 
 def reports(events):
-    for done in range(20):
+    for done in range(40):
         time.sleep(0.2)
-        events.progress("layers", done, 20)
+        events.progress("layers", done, 40)
 
 def run(request, events):
     events.progress("layers", 3, 32, "layers")
@@ -119,9 +119,9 @@ def test_a_worker_that_hangs(do: str, patience: Patience, words: str, tmp_path: 
 @pytest.mark.parametrize(
     ("do", "patience"),
     [
-        ("computes", Patience(1.5, 600)),
-        ("writes", Patience(1.5, 600)),
-        ("reports", Patience(1.5, 2)),
+        ("computes", Patience(4, 600)),
+        ("writes", Patience(4, 600)),
+        ("reports", Patience(3, 4)),
     ],
 )
 def test_who_works_is_left_alone(do: str, patience: Patience, tmp_path: Path) -> None:

@@ -145,8 +145,11 @@ ENDS = (
 )
 def test_remedies(line: str, remedy: str | None) -> None:
     found = explain(SERVERS["llamacpp"], f"0.00.057.941 {line}\n{ENDS}")
-    assert (found is None) == (remedy is None)
-    assert found is None or remedy is None or remedy in found
+    if remedy is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found[0].endswith(line) and remedy in found[1]
 
 
 def test_size_of_the_kv_cache() -> None:

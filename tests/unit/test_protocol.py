@@ -278,8 +278,8 @@ def server(bench: Bench, script: str) -> Any:
     return bench.runner.process(["sh", "-c", script], "server")
 
 
-def explain(log: str) -> str | None:
-    return "lower it" if "too much" in log else None
+def explain(log: str) -> tuple[str, str] | None:
+    return ("too much", "lower it") if "too much" in log else None
 
 
 def test_waiting_for_a_server(bench: Bench, tmp_path: Path) -> None:
@@ -300,6 +300,7 @@ def test_waiting_for_a_server(bench: Bench, tmp_path: Path) -> None:
     [
         ("echo no; exit 3", ToolError, "toy server ended with exit code 3:\nno", "the whole log"),
         ("echo too much; exit 3", ResourceError, "exit code 3:\ntoo much", "lower it; the whole"),
+        ("echo a; echo too much; echo z; exit 3", ResourceError, r"3:\ntoo much\Z", "lower it"),
         ("kill -9 $$", ResourceError, "was killed", "memory"),
     ],
 )

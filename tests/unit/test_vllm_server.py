@@ -151,14 +151,40 @@ LINE = "(EngineCore pid=7) ERROR 11-20 17:31:10 [core.py:1] "
             "another process holds the GPU",
         ),
         ("OSError: [Errno 98] Address already in use", "run the same command again"),
+        (
+            "RuntimeError: Engine core initialization failed. See root cause above. Failed core "
+            "proc(s): {'EngineCore': -9}",
+            "was killed (SIGKILL)",
+        ),
+        (
+            "(EngineCore pid=3) ERROR 11-27 11:33:01 [multiproc_executor.py:315] Worker proc "
+            "VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.",
+            "was killed (SIGKILL)",
+        ),
+        (
+            "(EngineCore pid=3) Exception: WorkerProc initialization failed due to an exception "
+            "in a background process. See stack trace for root cause.",
+            "was killed (SIGKILL)",
+        ),
+        (
+            "(Worker pid=4) ERROR [multiproc_executor.py:863] WorkerProc failed to start.\n"
+            "(EngineCore pid=3) Exception: WorkerProc initialization failed due to an exception "
+            "in a background process. See stack trace for root cause.",
+            None,
+        ),
+        ("Failed core proc(s): {'EngineCore': 1}", None),
         ("RuntimeError: something that nobody foresaw", None),
         ("INFO CPU KV cache size: 524,288 tokens, Maximum concurrency 512.00x", None),
     ],
 )
 def test_remedies(message: str, remedy: str | None) -> None:
     found = explain(SERVERS["vllm"], f"{LINE}starting\n{LINE}{message}\n{LINE}shutting down\n")
-    assert (found is None) == (remedy is None)
-    assert found is None or remedy is None or remedy in found
+    if remedy is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found[0].endswith(message[-300:]) and "\n" not in found[0]
+        assert remedy in found[1]
 
 
 @pytest.mark.parametrize(
