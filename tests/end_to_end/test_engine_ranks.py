@@ -215,7 +215,7 @@ def test_awq(pairs: Callable[[str], Pair]) -> None:
         assert clipped == {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+@pytest.mark.parametrize("method", [pytest.param("gptq", marks=pytest.mark.slow), "awq+gptq"])
 def test_gptq(method: str, pairs: Callable[[str], Pair]) -> None:
     # The first layer's inputs are the same; from the second on, flipped integers are in them.
     one, two = pairs(method)
@@ -248,7 +248,7 @@ def test_divergence(pairs: Callable[[str], Pair], python: Path) -> None:
 
 
 def test_result_and_journal_are_rank_0s(pairs: Callable[[str], Pair]) -> None:
-    _, two = pairs("gptq")
+    _, two = pairs("awq+gptq")
     result = load_result(two.folder / "result.json").body
     assert [layer["layer"] for layer in result["layers"]] == list(range(LAYERS))
     assert len(result["quantized"]) == 7 * LAYERS

@@ -75,7 +75,7 @@ def test_the_formats_own_reader_gives_the_same_answers(
         assert difference < nats
 
 
-@pytest.mark.parametrize("form", CASES)
+@pytest.mark.parametrize("form", [pytest.param("awq", marks=pytest.mark.slow), "gptq"])
 def test_vllm_loads_the_packed_tensors(
     form: str,
     artifacts: Callable[[str], tuple[Path, Path]],
