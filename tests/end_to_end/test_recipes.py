@@ -126,11 +126,12 @@ def test_second_run_does_nothing(work: Work, results: Callable[[str], dict[str, 
 def test_pipelines_own_time_is_small(results: Callable[[str], dict[str, Any]]) -> None:
     result = results("tiny-llama-awq")
     seconds = result["seconds"]
-    # Which of them this run had to do is as the tests before it in the session left the store.
-    long = {"compress", "measure-baseline", "measure-candidate"}
-    ran = {stage["id"] for stage in result["stages"] if stage["state"] == "ran"}
-    assert long & seconds["tools"].keys() == long & ran
-    assert all(seconds["tools"][stage] > 1 for stage in long & ran)
+    for stage in result["stages"]:
+        if stage["id"] in ("compress", "measure-baseline", "measure-candidate"):
+            names = [name for name in seconds["tools"] if name.startswith(stage["id"])]
+            spent = sum(seconds["tools"][name] for name in names)
+            # Which of them this run had to do is as earlier tests left the store.
+            assert spent > 1 if stage["state"] == "ran" else not names
     # The tools take minutes. The bound is wide, for a busy machine: bench/overhead.md has figures.
     assert 0 < seconds["own"] < 20
 
