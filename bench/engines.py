@@ -23,11 +23,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "examples" / "tiny_llama" / "instruct"
 
-ROWS: tuple[tuple[str, str, str, str, str], ...] = (
-    # who, engine, method, scheme, format
+ROWS: tuple[tuple[str, ...], ...] = (
+    # who, engine, method, scheme, format, further changes of the recipe
     ("round to nearest", "stream", "rtn", "W4A16_ASYM", "compressed-tensors"),
     ("ours", "stream", "awq", "W4A16_ASYM", "compressed-tensors"),
-    ("ours, clip", "stream", "awq", "W4A16_ASYM", "compressed-tensors"),
+    ("ours, clip", "stream", "awq", "W4A16_ASYM", "compressed-tensors", "quantize.clip=true"),
     ("llm-compressor", "llmcompressor", "awq", "W4A16_ASYM", "compressed-tensors"),
     ("AutoAWQ", "autoawq", "awq", "W4A16_ASYM", "awq"),
     ("ours", "stream", "gptq", "W4A16", "compressed-tensors"),
@@ -68,9 +68,9 @@ def main() -> None:
                 print(measured(row, checkpoint, store), flush=True)
 
 
-def measured(row: tuple[str, str, str, str, str], checkpoint: Path, store: Path) -> str:
+def measured(row: tuple[str, ...], checkpoint: Path, store: Path) -> str:
     """Run the recipe of one row; its line."""
-    who, engine, method, scheme, form = row
+    who, engine, method, scheme, form, *more = row
     changes = [
         f"model.source={checkpoint}",
         "model.base=null",
@@ -81,9 +81,8 @@ def measured(row: tuple[str, str, str, str, str], checkpoint: Path, store: Path)
         "evaluate.suite=perplexity",
         "evaluate.margins={}",
         "publish.folder=null",
+        *more,
     ]
-    if "clip" in who:
-        changes.append("quantize.clip=true")
     command = [sys.executable, "-m", "quantize", "run", "tiny-llama-gptq", "--json"]
     command += ["--store", str(store), *(p for change in changes for p in ("--set", change))]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

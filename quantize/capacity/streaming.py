@@ -10,7 +10,7 @@ L the layer's numbers, all in BF16 (2 bytes) unless FP32 (4 bytes) is said:
 - completing a Gram matrix: three temporaries of 4 n^2 (`Inputs.complete`);
 - AWQ's search: a scaled copy, 4 n^2, for each linear behind the same norm, and of the largest
   linear 12 R n while finalists are rounded (`awq.search`);
-- AWQ's clipping: a scaled copy, 4 n^2, and 24 bytes a number of at most 2^24 numbers at once
+- AWQ's clipping: H's blocks, 4 n^2 at most, and 24 bytes a number of at most 2^24 numbers at once
   (`clip.clip`);
 - GPTQ: with W = 4 R n of the linears that share an input, W + 3 x 4 n^2 while the matrix is
   factorised (reordered copy, factor, factor turned round), 5 W + 4 n^2 at the end of the columns

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 
-from quantize.engine.inputs import bf16_products
+from quantize.engine.inputs import Inputs, bf16_products
 from quantize.engine.nearest import nearest
+from quantize.engine.support import NOT_CLIPPED
 
 SHARES = tuple(1 - step / 20 for step in range(10))
 """Of a group's range, the whole one first."""
-
-LEFT_ALONE = ("q_", "k_", "query", "key", "Wqkv")
-"""Parts of the last part of a linear's name."""
 
 CHUNK = 1 << 24
 """Weights that are looked at together: 64 MB as float32, and a few times that on the way."""
@@ -40,23 +38,22 @@ def applies(name: str, arguments: QuantizationArgs) -> bool:
     """Whether a linear's ranges are narrowed: groups or rows with scales of their own."""
     own = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
     last = name.rpartition(".")[2]
-    return arguments.strategy in own and not any(part in last for part in LEFT_ALONE)
+    return arguments.strategy in own and not any(part in last for part in NOT_CLIPPED)
 
 
-def clip(weight: torch.Tensor, gram: torch.Tensor, arguments: QuantizationArgs) -> Clipped:
+def clip(weight: torch.Tensor, inputs: Inputs, arguments: QuantizationArgs) -> Clipped:
     """Clamp a weight (rows, columns) in place to the best range of each group.
 
-    :param gram: (columns, columns) float32, mean of x xT over the tokens
+    :param inputs: what calibration saw of its input, at least one token
     :param arguments: how the weight is to be quantized, see :func:`applies`
     """
     columns = weight.shape[1]
     size = arguments.group_size or columns
-    if size <= 0:  # compressed-tensors' way to say: one group
-        size = columns
     groups = columns // size
+    # (groups, size, size); a mean of the whole matrix would be another 4 columns^2 bytes
     blocks = torch.stack(
-        [gram[at : at + size, at : at + size] for at in range(0, columns, size)]
-    )  # (groups, size, size)
+        [inputs.gram[at : at + size, at : at + size] for at in range(0, columns, size)]
+    ).div_(inputs.sampled)
     before, after, narrowed = 0.0, 0.0, 0
     rows = max(1, CHUNK // columns)
     for start in range(0, len(weight), rows):

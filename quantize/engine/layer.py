@@ -266,8 +266,7 @@ def _clip(layer: Layer, watch: Watch, ranks: Ranks, done: Done) -> None:
     for (name, module, inputs), owner in zip(work, owners, strict=True):
         figures = torch.zeros(3, device=ranks.device)
         if owner == ranks.rank:
-            gram = inputs.gram / inputs.sampled
-            found = clip.clip(module.weight.data, gram, layer.schemes[name].weights)
+            found = clip.clip(module.weight.data, inputs, layer.schemes[name].weights)
             figures += torch.tensor([found.loss_before, found.loss, found.share]).to(figures)
         ranks.add_up([figures])
         ranks.broadcast(module.weight.data, owner)

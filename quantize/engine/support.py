@@ -18,6 +18,10 @@ VERIFIED = frozenset(
 """Architectures (config.json's `architectures`) that parity with `oneshot` is tested on."""
 
 
+NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
+"""Parts of the last part of a linear's name whose ranges AWQ leaves alone, as AutoAWQ does."""
+
+
 def why_not(architecture: str, ignore: Iterable[str]) -> str | None:
     """Why this checkpoint goes to llm-compressor's `oneshot` instead; None if it need not."""
     if architecture not in VERIFIED:

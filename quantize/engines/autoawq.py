@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantize.engine.config4 import NotTheSame, for_transformers_4
+from quantize.engine.support import NOT_CLIPPED
 from quantize.modules import matches
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ whose rotary embedding is `model.rotary_emb`, where its quantizer looks for it (
 CLIPPED_ROWS, PACKED_ROWS = 64, 8
 """Outputs come in whole parts of 64 where ranges are clipped (`_compute_best_clip`), of 8 in one
 int32 (`WQLinear_GEMM`)."""
-
-NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
-"""Parts of names whose ranges it does not clip (`_search_best_clip`)."""
 
 
 def cannot_do(quantize: Quantize) -> str | None:

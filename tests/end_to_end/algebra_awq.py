@@ -385,7 +385,7 @@ def clipped(scheme_name: str, group_size: int | str) -> dict[str, Any]:
     inputs.add(x, 1)
     inputs.complete()
     made = weight.clone()
-    found = clip.clip(made, inputs.gram / inputs.sampled, scheme.weights)
+    found = clip.clip(made, inputs, scheme.weights)
     error = (stored(made, scheme).double() - weight.double()).view(parts.shape)
     reached = torch.einsum("tgs,rgs->trg", x.double().view(len(x), -1, size), error)
     reached = reached.square().sum(0) / len(x)
