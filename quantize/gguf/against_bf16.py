@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from quantize.artifact_checks import Check, cosine, sampled_rows
 from quantize.gguf.file import Gguf, GgufTensor
 from quantize.gguf.types import GGUF_TYPES, allowed_formats
-from quantize.gguf.values import block_scales, dequantized, is_quantized
+from quantize.gguf.values import CHUNK_BYTES, Report, block_scales, dequantized, is_quantized
 
 LEAST_COSINE: Mapping[str, float] = {
     "Q2_K": 0.90,
@@ -38,10 +38,7 @@ WEIGHTS = (
 )
 """Ends of the names of what must be quantized; of the rest llama.cpp leaves some as it is."""
 
-CHUNK_BYTES = 64 << 20
 SHOWN = 3
-
-Report = Callable[[int], None]
 
 
 def check_quantized(converted: Gguf, made: Gguf, scheme: str, report: Report) -> list[Check]:

@@ -10,7 +10,7 @@ check's detail, and for the architectures of `EXACT` it is a fault.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from quantize.artifact_checks import Check
 from quantize.checkpoint import EMBEDDING, Checkpoint, chat_template
 from quantize.gguf.file import Gguf, GgufTensor
-from quantize.gguf.values import dequantized
+from quantize.gguf.values import CHUNK_BYTES, Report, dequantized
 from quantize.model_files import read_json_object, special_tokens
 from quantize.tensors import TensorInfo, from_float32, load_tensor, to_float32
 
@@ -60,12 +60,10 @@ TOKEN_KEYS = {
 }
 """transformers' name of a special token → GGUF's, in `tokenizer.ggml.<name>_token_id`."""
 
-CHUNK_BYTES = 64 << 20
 SHOWN = 3
 
 Bits = npt.NDArray[np.uint32]
 Prints = npt.NDArray[np.uint64]
-Report = Callable[[int], None]
 
 
 def check_converted(source: Checkpoint, converted: Gguf, report: Report) -> list[Check]:

@@ -17,6 +17,11 @@ from quantize.gguf.file import GgufTensor, TensorType
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
+Report = Callable[[int], None]
+"""Called with the bytes of each tensor that was read."""
+
+CHUNK_BYTES = 64 << 20
+"""Of a tensor that the audits look at together."""
 
 NONLINEAR = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
