@@ -250,8 +250,13 @@ def build(shape: Shape, folder: Path, samples: int, length: int) -> None:
 def environment() -> dict[str, str]:
     """The first GPU only; nothing from the Hub."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    paths = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": first, "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **paths}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "CUDA_VISIBLE_DEVICES": first,
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ class Journal:
         """Read what is there; only one process of several `writes`, and must have begun."""
         self.folder = folder
         self.entries: dict[str, dict[str, Any]] = {}
-        self._path = folder / NAME
+        self._path, self._writes = folder / NAME, writes
+        self._first_line = json.dumps({"belongs_to": belongs_to}) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         lines, sound_bytes = _whole_lines(self._path)
         if writes and lines:
             os.truncate(self._path, sound_bytes)
         if not lines:
-            _write_synced(self._path, json.dumps({"belongs_to": belongs_to}) + "\n")
+            _write_synced(self._path, self._first_line)
             return
         if lines[0].get("belongs_to") != belongs_to:
             changed = sorted(
@@ -78,6 +79,17 @@ class Journal:
         }
         _append_synced(self._path, json.dumps(line) + "\n")
         self.entries[str(part)] = line
+
+    def forget(self, parts: Iterable[object]) -> None:
+        """These parts are to be done again: their lines go."""
+        gone = self.entries.keys() & {str(part) for part in parts}
+        if not gone:
+            return
+        for part in gone:
+            del self.entries[part]
+        if self._writes:
+            lines = (json.dumps(line) + "\n" for line in self.entries.values())
+            _write_synced(self._path, self._first_line + "".join(lines))
 
     def check(self) -> None:
         """Read every shard again and compare it with what was written."""

@@ -18,7 +18,8 @@ import torch
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
 
 from quantize.engine import memory, sensitivity
-from quantize.engine.hidden import BATCH_TOKENS, HiddenStates, Sequences, fits
+from quantize.engine.boundaries import Boundaries
+from quantize.engine.hidden import BATCH_TOKENS, Sequences
 from quantize.engine.journal import Journal
 from quantize.engine.layer import Done, Flow, Layer, Task, quantize_layer
 from quantize.engine.ranks import Ranks
@@ -59,20 +60,23 @@ def stream(body: dict[str, Any], work: Path, ranks: Ranks, say: Say) -> Result:
     journal = _journal(body, source, work, ranks)
     if ranks.first and OUTSIDE not in journal:
         journal.finish(OUTSIDE, source.read(outside, DTYPE))
-    first = _first_unfinished(journal, len(inside))
     task = _task(body, skeleton, sequences, ranks)
-    if first < len(inside) and sequences is not None:
-        _embed(skeleton, source, sequences, work, first, ranks)
+    boundaries = None
+    if sequences is not None:
+        boundaries = Boundaries(skeleton, sequences, work, ranks)
+    first = _first(journal, boundaries, len(inside))
+    if first < len(inside) and boundaries is not None:
+        boundaries.begin(first, source)
     layers = source.read_ahead(inside[first:], DTYPE)
-    flows = _flows(skeleton, sequences, work, range(first, len(inside)))
+    flows = _flows(boundaries, range(first, len(inside)))
     for (index, flow), tensors in zip(flows, layers, strict=True):
         started = time.monotonic()
         done = _one_layer(skeleton, index, tensors, task, flow, say)
         if ranks.first:
             journal.finish(index, done.tensors, **_layer_record(index, started, done))
         ranks.wait()
-        if flow is not None:
-            flow.before.remove()
+        if boundaries is not None and flow is not None:
+            boundaries.passed(index, flow)
         del done
         memory.trim()
         say(index + 1, len(inside))
@@ -125,8 +129,23 @@ def _belongs_to(body: dict[str, Any], source: Source) -> dict[str, Any]:
     }
 
 
-def _first_unfinished(journal: Journal, layers: int) -> int:
-    return next((index for index in range(layers) if index not in journal), layers)
+def _first(journal: Journal, boundaries: Boundaries | None, layers: int) -> int:
+    """The layer to begin with; those behind it that the journal has are done again."""
+    unfinished = next((index for index in range(layers) if index not in journal), layers)
+    if boundaries is None or unfinished == layers:
+        return unfinished
+    first = boundaries.newest(unfinished)
+    if first < unfinished:
+        print(f"from layer {first}, not {unfinished}: the data behind those between is not on disk")
+    journal.forget(range(first, layers))
+    return first
+
+
+def _flows(boundaries: Boundaries | None, layers: range) -> Iterator[tuple[int, Flow | None]]:
+    """Each layer's number with its part of the data's way; without data, with None."""
+    if boundaries is None:
+        return ((index, None) for index in layers)
+    return boundaries.flows(layers.start)
 
 
 def _task(
@@ -138,63 +157,6 @@ def _task(
         every = max(1, sequences.tokens // SAMPLED_TOKENS)
     smooth = get_layer_mappings_from_model(skeleton.model) if "awq" in body["method"] else ()
     return Task(tuple(smooth), gptq, body["dampening"], every, ranks, clip=body.get("clip", False))
-
-
-def _hidden(skeleton: Skeleton, work: Path, index: int, hold: bool = False) -> HiddenStates:
-    """The input of layer `index`."""
-    path = work / f"hidden-{index}.bin"
-    return HiddenStates(path, skeleton.hidden_size, skeleton.device, hold)
-
-
-def _embed(
-    skeleton: Skeleton,
-    source: Source,
-    sequences: Sequences,
-    work: Path,
-    first: int,
-    ranks: Ranks,
-) -> None:
-    """Make sure that the input of the first unfinished layer is there, and no other one."""
-    needed = _hidden(skeleton, work, first)
-    if ranks.first:
-        for stale in work.glob("hidden-*"):
-            if stale != needed.path:
-                stale.unlink()
-    ranks.wait()
-    if needed.complete(sequences.tokens):
-        return
-    if first > 0:
-        raise WorkerError(
-            "ResourceError",
-            f"{needed.path} is missing or short: layer {first} cannot go on from it",
-            f"remove {work} to start this quantization from its first layer",
-        )
-    name = skeleton.embedding_name()
-    embed = skeleton.embedder(source.read([name], DTYPE)[name])
-    with needed.writing() as write:
-        for batch in ranks.share(sequences.batches):
-            write(batch, embed(sequences.batch_ids(batch)))
-    skeleton.drop_embedding()
-    ranks.wait()
-    if ranks.first:
-        needed.finish()
-    ranks.wait()
-
-
-def _flows(
-    skeleton: Skeleton, sequences: Sequences | None, work: Path, layers: range
-) -> Iterator[tuple[int, Flow | None]]:
-    """Each layer's number with its part of the data's way; without data, with None."""
-    if sequences is None:
-        yield from ((index, None) for index in layers)
-        return
-    hold = fits(sequences.tokens, skeleton.hidden_size, skeleton.device)
-    before = _hidden(skeleton, work, layers.start)
-    for index in layers:
-        last = index + 1 == len(skeleton.layers)
-        after = None if last else _hidden(skeleton, work, index + 1, hold)
-        yield index, Flow(before, after, sequences.batches, skeleton.calls)
-        before = after if after is not None else before
 
 
 def _one_layer(

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from quantize.engine.hidden import HiddenStates, Sequences
+from quantize.engine.hidden import Batch, HiddenStates, Sequences
 from quantize.engine.inputs import Inputs, LayerEnds, Watch
 from quantize.engine.journal import NAME, Journal
 from quantize.protocol import WorkerError
@@ -210,8 +210,29 @@ def hidden_states() -> dict[str, Any]:
                     assert part.shape == (batch.count, batch.length, 24)
                     expected = bits[batch.start : batch.start + batch.tokens]
                     assert torch.equal(part.contiguous().view(torch.int16).view(-1, 24), expected)
-            file.remove()
-            assert not file.complete(made.tokens)
+    return {}
+
+
+def hidden_states_held() -> dict[str, Any]:
+    """What stays on the device is read bit by bit, with a file and without; batches may differ."""
+    device = torch.device("cpu")
+    random = torch.Generator().manual_seed(5)
+    with tempfile.TemporaryDirectory() as folder:
+        for on_disk in (True, False):
+            path = Path(folder, "held.bin")
+            held = HiddenStates(path, 24, device, hold=True, on_disk=on_disk)
+            states = torch.randn(12, 5, 24, generator=random).to(torch.bfloat16)
+            with held.writing() as write:
+                for start in (0, 4, 8):
+                    write(Batch(5 * start, 4, 5), states[start : start + 4])
+            held.finish()
+            assert held.complete(60) == path.exists() == on_disk
+            with held.reading() as read:
+                for start, count in ((0, 4), (4, 2), (0, 12), (4, 7)):
+                    part = read(Batch(5 * start, count, 5))
+                    assert torch.equal(part, states[start : start + count]), (on_disk, start, count)
+            held.release()
+            path.unlink(missing_ok=True)
     return {}
 
 
@@ -239,6 +260,23 @@ def journal_torn() -> dict[str, Any]:
             assert first == whole[: ends[max(lines, 1)]], cut
         kept.finish(2, {"2.weight": torch.zeros(2)})
         assert list(Journal(folder, belongs_to).entries) == ["outside", "0", "1", "2"]
+    return {}
+
+
+def journal_forgets() -> dict[str, Any]:
+    """Parts that are to be done again are gone, on disk as well; the others stay."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        belongs_to, journal = _filled(folder)
+        journal.forget(range(1, 5))
+        assert (
+            list(journal.entries) == list(Journal(folder, belongs_to).entries) == ["outside", "0"]
+        )
+        journal.finish(1, {"1.weight": torch.zeros(2)})
+        assert list(Journal(folder, belongs_to).entries) == ["outside", "0", "1"]
+        before = (folder / NAME).read_bytes()
+        Journal(folder, belongs_to, writes=False).forget([0])
+        assert (folder / NAME).read_bytes() == before
     return {}
 
 
@@ -299,7 +337,9 @@ CHECKS = {
     "watch_layer_ends": layer_ends,
     "hidden_sequences": sequences,
     "hidden_states": hidden_states,
+    "hidden_states_held": hidden_states_held,
     "journal_torn": journal_torn,
+    "journal_forgets": journal_forgets,
     "journal_foreign": journal_foreign,
     "journal_shards": journal_shards,
 }

@@ -18,11 +18,16 @@ from typing import Any
 
 import torch
 
-from tests.end_to_end import algebra_awq, algebra_flow, algebra_gptq
+from tests.end_to_end import algebra_awq, algebra_boundaries, algebra_flow, algebra_gptq
 
 Check = Callable[[], dict[str, Any]]
 
-CHECKS: dict[str, Check] = {**algebra_gptq.CHECKS, **algebra_awq.CHECKS, **algebra_flow.CHECKS}
+CHECKS: dict[str, Check] = {
+    **algebra_gptq.CHECKS,
+    **algebra_awq.CHECKS,
+    **algebra_flow.CHECKS,
+    **algebra_boundaries.CHECKS,
+}
 
 
 def run(check: Check) -> dict[str, Any]:

@@ -50,7 +50,11 @@ CHECKS = (
     # files, cut and damaged
     "hidden_sequences",
     "hidden_states",
+    "hidden_states_held",
+    "hidden_states_kept",
+    "hidden_states_far_apart",
     "journal_torn",
+    "journal_forgets",
     "journal_foreign",
     "journal_shards",
 )

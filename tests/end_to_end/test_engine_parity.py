@@ -176,20 +176,37 @@ def test_an_expert_without_tokens_is_rounded_to_nearest(
     assert found["routers_untouched"]
 
 
-def test_killed_anywhere_the_bytes_are_the_same(
-    environment_python: Callable[[str], Path], tmp_path: Path
-) -> None:
-    output = tmp_path / "kills.json"
-    run_module(environment_python("llmcompressor"), "engine_kill", "llama", tmp_path, KILLS, output)
-    found = json.loads(output.read_text())
+@pytest.fixture(scope="module")
+def killed(
+    environment_python: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Found:
+    """The engine, killed at moments of its run and started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    output = folder / "kills.json"
+    run_module(environment_python("llmcompressor"), "engine_kill", "llama", folder, KILLS, output)
+    found: Found = json.loads(output.read_text())
     assert found["layers"] == 4
-    assert len(found["kills"]) == KILLS
+    return found
+
+
+def test_killed_anywhere_the_bytes_are_the_same(killed: Found) -> None:
+    assert len(killed["kills"]) == KILLS
     # Most of the moments lie within the run, and the kills at different layers of it.
-    assert sum(kill["killed"] for kill in found["kills"]) >= KILLS // 2
-    assert len({kill["journalled"] for kill in found["kills"]}) > 1
-    for kill in found["kills"]:
+    assert sum(kill["killed"] for kill in killed["kills"]) >= KILLS // 2
+    assert len({kill["journalled"] for kill in killed["kills"]}) > 1
+    for kill in killed["kills"]:
         assert kill["identical"], kill
         assert kill["rewritten"] == [], kill
         assert kill["repeated"] <= 1, kill
         if kill["started_at"] is not None:
             assert kill["started_at"] >= kill["journalled"], kill
+
+
+def test_killed_while_hidden_states_are_in_memory(killed: Found) -> None:
+    """It goes on from the last ones on disk, and the layers since then get the same bytes."""
+    assert len(killed["held"]) == KILLS // 2
+    assert any(kill["journalled"] for kill in killed["held"])
+    for kill in killed["held"]:
+        assert kill["identical"], kill
+        if kill["started_at"] is not None:
+            assert kill["started_at"] < kill["journalled"] + 1, kill
