@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
@@ -57,6 +58,13 @@ class Case:
     def ours(self, multiplied_in: torch.dtype = torch.float32) -> tuple[torch.Tensor, bool]:
         weight = self.weight.float()
         return gptq.quantize(weight, self.gram, self.grid, self.args, DAMPENING, multiplied_in)
+
+    def on(self, device: str) -> Case:
+        """The same on a device."""
+        found = {
+            name: value if value is None else value.to(device) for name, value in self.found.items()
+        }
+        return Case(self.weight.to(device), self.gram.to(device), self.args, found)
 
     def theirs(self, multiplied_in: torch.dtype = torch.float32) -> tuple[torch.Tensor, bool]:
         """Upstream rounds products to the scale's type."""
@@ -201,6 +209,28 @@ def untouched() -> dict[str, Any]:
     return {}
 
 
+def recorded() -> dict[str, Any]:
+    """A CUDA graph of a block rounds to the same bits as the loop that it was recorded from."""
+    if not torch.cuda.is_available():
+        return {"skipped": "no GPU here"}
+    for scheme, group_size in (("W4A16", 128), ("W4A16_ASYM", 32), ("W8A8", None)):
+        made = case(scheme, group_size, "static").on("cuda")
+        for multiplied_in in (torch.bfloat16, torch.float32):
+            graph, _ = made.ours(multiplied_in)
+            with patch.object(gptq, "_rounding", _not_recorded):
+                loop, _ = made.ours(multiplied_in)
+            assert torch.equal(graph, loop), (scheme, multiplied_in)
+    return {}
+
+
+def _not_recorded(
+    args: QuantizationArgs, multiplied_in: torch.dtype, made: Any = gptq._rounding
+) -> gptq.Rounding:
+    """The same rounding, of a type that no graph is made of."""
+    rounding = made(args, multiplied_in)
+    return lambda *given: rounding(*given)
+
+
 CHECKS = {
     **{f"gptq_{name}": (lambda name=name: like_upstream(name)) for name in SCHEMES},
     "gptq_dead_columns": dead_columns,
@@ -208,4 +238,5 @@ CHECKS = {
     "gptq_stacked": stacked,
     "gptq_indefinite": indefinite,
     "gptq_untouched": untouched,
+    "gptq_recorded": recorded,
 }
