@@ -175,7 +175,7 @@ class Quantize(Block):
             )
         _refuse_group_size(self.effective_scheme, self.group_size)
         if self.clip and self.method != "awq":
-            raise ValueError(f"clip with method {self.method}: it is a part of AWQ; remove it")
+            raise ValueError(f"clip with method {self.method}: method awq alone clips; remove it")
         if (part := engine.cannot_do(self)) is not None:
             raise ValueError(f"engine {self.engine} cannot do {part}: remove it, or use stream")
         if (self.effective_format == "gguf") != (self.engine == "llamacpp"):

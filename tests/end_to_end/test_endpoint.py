@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from quantize.resources import shipped_root
-from tests.end_to_end.conftest import Work, environment
+from tests.end_to_end.conftest import Work
+from tests.end_to_end.own_vllm import vllm
 
 pytestmark = pytest.mark.end_to_end
 
 KEY = "open-sesame"
-SECONDS = 600
 
 
 @pytest.fixture(scope="module")
@@ -28,37 +24,12 @@ def endpoint(
     environment_python: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The shipped checkpoint in BF16, under the name tiny; both sides of the comparison ask it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     model = shipped_root() / "examples" / "tiny_llama" / "instruct"
-    command = [str(environment_python("vllm")), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--served-model-name", "tiny", "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-logprobs", "20"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"]
-    command += ["--generation-config", "vllm", "--api-key", KEY]
-    base, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {KEY}"}
+    limits = ("--max-logprobs", "20", "--max-model-len", "1024", "--max-num-seqs", "16")
+    own = ("--served-model-name", "tiny", "--api-key", KEY, "--generation-config", "vllm")
     log = tmp_path_factory.mktemp("endpoint") / "log"
-    with log.open("wb") as output:
-        more = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        process = subprocess.Popen(command, env=environment(more), stdout=output, stderr=output)
-        try:
-            deadline = time.monotonic() + SECONDS
-            while not _lists(f"{base}/v1/models", headers):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(1)
-            yield base
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _lists(address: str, headers: dict[str, str]) -> bool:
-    try:
-        return httpx.get(address, headers=headers, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
+    with vllm(environment_python("vllm"), model, log, *limits, *own) as address:
+        yield address
 
 
 def test_endpoints_are_measured(endpoint: str, work: Work) -> None:

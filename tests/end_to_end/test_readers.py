@@ -7,20 +7,18 @@ readers'. The same weights in compressed-tensors, by transformers, are what they
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
 from quantize.environments import accelerator
 from quantize.servers import cannot_serve
 from tests.end_to_end.conftest import Work, environment
+from tests.end_to_end.own_vllm import vllm
 
 pytestmark = pytest.mark.end_to_end
 
@@ -33,7 +31,6 @@ CASES = {
     "awq": ("tiny-llama-awq", "W4A16_ASYM", "autoawq", 0.15),
     "gptq": ("tiny-llama-gptq", "W4A16", "gptqmodel", 0.01),
 }
-SECONDS = 600
 
 
 @pytest.fixture(scope="module")
@@ -86,28 +83,5 @@ def test_vllm_loads_the_packed_tensors(
     if cannot_serve("vllm", form, scheme, accelerator()) is None:
         pytest.skip("test_elsewhere measures them through the kernels")
     _, repacked = artifacts(form)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(environment_python("vllm")), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(repacked), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager"]
-    with (tmp_path / "log").open("wb") as log:
-        more = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        process = subprocess.Popen(command, env=environment(more), stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + SECONDS
-            while not _answers(f"http://127.0.0.1:{port}/health"):
-                assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _answers(address: str) -> bool:
-    try:
-        return httpx.get(address, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
+    with vllm(environment_python("vllm"), repacked, tmp_path / "log", "--max-model-len", "256"):
+        pass  # it is ready, so it has loaded them

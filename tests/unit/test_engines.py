@@ -48,7 +48,7 @@ def test_no_notice_without_an_old_name() -> None:
         (AWQ | {"kv_cache": "fp8"}, "cannot do kv_cache"),
         (AWQ | {"clip": True}, "cannot do clip as an option (it always clips)"),
         ({"method": "awq", "engine": "llmcompressor", "clip": True}, "clip (its AWQ has none)"),
-        ({"method": "awq+gptq", "clip": True}, "clip with method awq+gptq: it is a part of AWQ"),
+        ({"method": "awq+gptq", "clip": True}, "clip with method awq+gptq: method awq alone clips"),
         (GPTQ | {"ignore": ()}, "lm_head, which ignore does not name"),
         (GPTQ | {"group_size": 96}, "group_size 96"),
         (GPTQ | {"activation_order": "weight"}, "activation_order weight, which vLLM no longer"),

@@ -1,0 +1,25 @@
+"""Plans of a shipped recipe, whose stages and keys tests look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quantize.plan import Plan
+from quantize.resources import shipped_root
+from quantize.stages.base import Resolved
+
+TINY = shipped_root() / "recipes" / "tiny-llama-awq.yaml"
+ALL = (
+    "fetch", "calibrate", "compress", "audit", "measure-baseline", "measure-candidate",
+    "measure-repeat", "fetch-base", "measure-base", "compare", "card", "publish",
+)  # fmt: skip
+
+Tiny = Callable[..., Resolved]
+
+
+def locks(name: str) -> str:
+    return f"lock of {name}"
+
+
+def keys(made: Plan) -> dict[str, str | None]:
+    return {entry.id: entry.key for entry in made.stages}
