@@ -204,7 +204,7 @@ class _Recorded:
     @classmethod
     @cache
     def of(cls, rows: int, zero: bool, rounding: _ToInteger, device: torch.device) -> _Recorded:
-        """One for so many rows: made once, its layers are alike."""
+        """The one for so many rows: made once, for layers are alike."""
         weight, wanted, scale, zeros = torch.ones(4, BLOCK, rows, device=device)
         factor = torch.zeros(BLOCK, BLOCK, device=device)
         return cls(_Block(weight, wanted, factor, scale, zeros if zero else None), rounding)
