@@ -42,9 +42,13 @@ class Boundaries:
 
     def begin(self, first: int, source: Source) -> None:
         """Get the input of layer `first`, see :meth:`newest`, and remove that of any other."""
-        self._ranks.wait()  # until all have seen what is there
-        self._remove_all_but(first)
         self._before = self._at(first)
+        self._ranks.wait()  # until all have seen what is there
+        if self._ranks.first:
+            for stale in self._work.glob("hidden-*"):
+                if stale != self._before.path:
+                    stale.unlink()
+        self._ranks.wait()  # before any of them writes
         if not self._complete(first):
             self._before = self._at(first, self._hold, on_disk=self._every_layer)
             self._embed(source)
@@ -65,7 +69,8 @@ class Boundaries:
         """Layer `index` is in the journal: let go of what nothing goes on from any more."""
         flow.before.release()
         if flow.after is None or flow.after.on_disk:
-            self._remove_all_but(index + 1)
+            for earlier in range(index + 1):  # another rank may be writing those behind already
+                self._at(earlier).remove()
             self._kept = time.monotonic()
 
     def _due(self) -> bool:
@@ -78,13 +83,6 @@ class Boundaries:
 
     def _complete(self, index: int) -> bool:
         return self._at(index).complete(self.sequences.tokens)
-
-    def _remove_all_but(self, index: int) -> None:
-        if not self._ranks.first:
-            return
-        for path in self._work.glob("hidden-*"):
-            if path != self._at(index).path:
-                path.unlink()
 
     def _embed(self, source: Source) -> None:
         name = self._skeleton.embedding_name()

@@ -185,7 +185,7 @@ class _Recorded:
     """:meth:`_Block.round` of a whole block as a CUDA graph, on tensors of its own.
 
     A column is a dozen kernels of some two microseconds. Python takes several times as long to
-    start one: 4.4 of the 5.7 seconds that a layer of an 8B took on an H200.
+    start one: 4.4 of the 11.6 seconds that a layer of an 8B took on an H200.
     """
 
     def __init__(self, block: _Block, rounding: Rounding) -> None:

@@ -203,6 +203,10 @@ class HiddenStates:
         """Forget what is held."""
         self._held = None
 
+    def remove(self) -> None:
+        """Delete the file, if it is there."""
+        self.path.unlink(missing_ok=True)
+
 
 def fits(tokens: int, hidden_size: int, device: torch.device) -> bool:
     """Whether two of these may stay on the device: in a quarter of a GPU's free memory."""

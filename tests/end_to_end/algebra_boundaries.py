@@ -65,7 +65,10 @@ def passed(model: Counting, work: Path, finished: int, stop: int) -> int:
             flow.after.finish()
         if index == stop:  # killed before the layer is in the journal
             break
+        of_another_rank = work / f"hidden-{index + 2}.bin.tmp"
+        of_another_rank.touch()
         states.passed(index, flow)
+        of_another_rank.unlink()  # which is ahead, and must find it
         assert flow.before._held is None, "two layers' states are all that a GPU has room for"
     return first
 

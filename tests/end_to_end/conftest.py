@@ -18,6 +18,8 @@ from quantize.machine import cpu_has
 from quantize.progress import LineView, Progress
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORT_SUITE = Path(__file__).with_name("short.yaml")
+"""For tests that need a verdict, and not the shipped suite's figures."""
 
 slow_without_bf16 = pytest.mark.end_to_end if cpu_has("avx512_bf16") else pytest.mark.slow
 """Marks what takes minutes where the processor has no products in BF16 and they are emulated."""

@@ -14,11 +14,12 @@ import pytest
 from quantize.session import Session
 from quantize.store import Store
 from tests.end_to_end import damage
-from tests.end_to_end.conftest import ROOT, Work
+from tests.end_to_end.conftest import ROOT, SHORT_SUITE, Work
 
 pytestmark = pytest.mark.end_to_end
 
 RECIPE = "tiny-llama-gptq"
+MEASURED = (f"evaluate.suite={SHORT_SUITE}", "evaluate.noise=false", "model.base=null")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Judged:
 
 def judge(work: Work, *arguments: str) -> Judged:
     """Run the recipe up to the card; whatever the gate says, there is one."""
-    options = [part for argument in arguments for part in ("--set", argument)]
+    options = [part for argument in (*MEASURED, *arguments) for part in ("--set", argument)]
     done = work.quantize(
         "run", RECIPE, "--store", str(work.store), "--json", "--until", "card", *options
     )
