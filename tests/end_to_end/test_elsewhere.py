@@ -42,7 +42,9 @@ def adopted(work: Work) -> Callable[[str], dict[str, Any]]:
             theirs = work.folder / f"by-{engine}"
             shutil.copytree(made["places"]["artifact"], theirs)
             sets = [part for value in SERVE for part in ("--set", f"serve.{value}")]
-            sets += ["--set", "evaluate.gate={inconclusive: pass}", "--set", "model.base=null"]
+            for change in ("gate={inconclusive: pass}", "noise=false"):
+                sets += ["--set", f"evaluate.{change}"]
+            sets += ["--set", "model.base=null"]
             done = work.quantize(
                 *("measure", theirs.name, "--source", str(INSTRUCT), "--suite", str(SHORT_SUITE)),
                 *("--store", str(work.store), "--json", *sets),
