@@ -13,6 +13,7 @@ ALL = (
     "fetch", "calibrate", "compress", "audit", "measure-baseline", "measure-candidate",
     "measure-repeat", "fetch-base", "measure-base", "compare", "card", "publish",
 )  # fmt: skip
+BASE = {"fetch-base", "measure-base"}
 
 Tiny = Callable[..., Resolved]
 
@@ -23,3 +24,13 @@ def locks(name: str) -> str:
 
 def keys(made: Plan) -> dict[str, str | None]:
     return {entry.id: entry.key for entry in made.stages}
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    old, new = keys(before), keys(after)
+    assert list(old) == list(new)
+    return {name for name in old if old[name] != new[name]}
+
+
+def ids(made: Plan) -> tuple[str, ...]:
+    return tuple(entry.id for entry in made.stages)

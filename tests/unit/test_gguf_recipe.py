@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_planner import BASE, Tiny, cache, changed, ids, keys, locks, tiny  # noqa: F401
 
 from quantize import building, environment_checks
 from quantize.checkpoint import read_checkpoint
@@ -22,6 +21,7 @@ from quantize.planner import plan
 from quantize.progress import LineView, Progress
 from quantize.report.card_gguf import gguf_card
 from quantize.resources import shipped_root
+from tests.unit.planning import BASE, Tiny, changed, ids, keys, locks
 
 GGUF = shipped_root() / "recipes" / "tiny-llama-gguf.yaml"
 INSTRUCT = shipped_root() / "examples" / "tiny_llama" / "instruct"
@@ -30,7 +30,7 @@ INSTRUCT = shipped_root() / "examples" / "tiny_llama" / "instruct"
 # --- the plan ------------------------------------------------------------------------------------
 
 
-def test_the_stages_of_a_gguf_recipe(tiny: Tiny) -> None:  # noqa: F811
+def test_the_stages_of_a_gguf_recipe(tiny: Tiny) -> None:
     made = plan(tiny("evaluate=null", recipe=GGUF), locks)
     assert ids(made) == ("fetch", "gguf", "calibrate", "compress", "audit", "card", "publish")
     entries = {entry.id: entry for entry in made.stages}
@@ -43,7 +43,7 @@ def test_the_stages_of_a_gguf_recipe(tiny: Tiny) -> None:  # noqa: F811
     assert entries["gguf"].environments == entries["compress"].environments == ("llamacpp",)
 
 
-def test_both_sides_are_gguf_and_the_base_is_not_measured(tiny: Tiny) -> None:  # noqa: F811
+def test_both_sides_are_gguf_and_the_base_is_not_measured(tiny: Tiny) -> None:
     made = plan(tiny(recipe=GGUF), locks)
     entries = {entry.id: entry for entry in made.stages}
     assert entries["measure-baseline"].inputs["model"] == "gguf"
@@ -53,14 +53,14 @@ def test_both_sides_are_gguf_and_the_base_is_not_measured(tiny: Tiny) -> None:  
     assert any("the base is not measured" in note for note in made.notes)
 
 
-def test_without_calibration_there_is_no_importance_matrix(tiny: Tiny) -> None:  # noqa: F811
+def test_without_calibration_there_is_no_importance_matrix(tiny: Tiny) -> None:
     made = plan(tiny("calibration=null", recipe=GGUF), locks)
     assert "calibrate" not in ids(made)
     q8_0 = plan(tiny("quantize.scheme=Q8_0", recipe=GGUF), locks)
     assert "calibrate" not in ids(q8_0), "Q8_0 reads none"
 
 
-def test_a_type_gives_another_file_of_the_same_bf16(tiny: Tiny) -> None:  # noqa: F811
+def test_a_type_gives_another_file_of_the_same_bf16(tiny: Tiny) -> None:
     before = plan(tiny("evaluate=null", recipe=GGUF), locks)
     after = plan(tiny("evaluate=null", "quantize.scheme=Q6_K", recipe=GGUF), locks)
     assert changed(before, after) == {"compress", "audit", "card", "publish"}
@@ -78,7 +78,7 @@ def test_a_type_gives_another_file_of_the_same_bf16(tiny: Tiny) -> None:  # noqa
         ("model.adapter_mode=separate", "adapter_mode"),
     ],
 )
-def test_what_a_gguf_recipe_cannot_say(override: str, fault: str, tiny: Tiny) -> None:  # noqa: F811
+def test_what_a_gguf_recipe_cannot_say(override: str, fault: str, tiny: Tiny) -> None:
     extra = ("model.adapter=examples/tiny_llama/lora",) if "adapter" in override else ()
     with pytest.raises(QuantizeError) as caught:
         tiny(override, *extra, recipe=GGUF)
@@ -242,7 +242,7 @@ def test_the_file_table() -> None:
     assert gguf_card(record | {"audit": {}}) is None
 
 
-def test_an_unknown_architecture_is_a_finding(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+def test_an_unknown_architecture_is_a_finding(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     shutil.copytree(INSTRUCT, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -13,14 +13,12 @@ import pytest
 from quantize import planner
 from quantize.errors import UsageError
 from quantize.keys import digest
-from quantize.plan import Plan
 from quantize.planner import STAGES, plan, with_status
 from quantize.resources import shipped_root
 from quantize.stages.base import Resolved
 from quantize.store import Store
-from tests.unit.planning import ALL, TINY, Tiny, keys, locks
+from tests.unit.planning import ALL, BASE, TINY, Tiny, changed, ids, keys, locks
 
-BASE = {"fetch-base", "measure-base"}
 CARD = {"card", "publish"}
 COMPARED = {"compare", *CARD}
 SERVED = {"measure-baseline", "measure-candidate", "measure-repeat", "measure-base"}
@@ -29,16 +27,6 @@ TEXTS = MEASURED - {"measure-base"}  # which is asked the tasks alone
 FORM = TEXTS - {"measure-repeat"}
 COMPRESSED = {"compress", "audit", "measure-candidate", *COMPARED}
 CALIBRATED = {"calibrate", *COMPRESSED}
-
-
-def changed(before: Plan, after: Plan) -> set[str]:
-    old, new = keys(before), keys(after)
-    assert list(old) == list(new)
-    return {name for name in old if old[name] != new[name]}
-
-
-def ids(made: Plan) -> tuple[str, ...]:
-    return tuple(entry.id for entry in made.stages)
 
 
 # --- keys ----------------------------------------------------------------------------------------
