@@ -28,11 +28,9 @@ class Boundaries:
     """
 
     def __init__(self, skeleton: Skeleton, sequences: Sequences, work: Path, ranks: Ranks) -> None:
-        self.sequences = sequences
-        self._skeleton, self._work, self._ranks = skeleton, work, ranks
+        self._skeleton, self._sequences, self._work, self._ranks = skeleton, sequences, work, ranks
         self._hold = fits(sequences.tokens, skeleton.hidden_size, skeleton.device)
         self._every_layer = ranks.size > 1 or not self._hold
-        self._before = self._at(0)
         self._kept = time.monotonic()
 
     def newest(self, layer: int) -> int:
@@ -40,30 +38,16 @@ class Boundaries:
         kept = (index for index in range(layer, 0, -1) if self._complete(index))
         return next(kept, 0)
 
-    def begin(self, first: int, source: Source) -> None:
-        """Get the input of layer `first`, see :meth:`newest`, and remove that of any other."""
-        self._before = self._at(first)
-        self._ranks.wait()  # until all have seen what is there
-        if self._ranks.first:
-            for stale in self._work.glob("hidden-*"):
-                if stale != self._before.path:
-                    stale.unlink()
-        self._ranks.wait()  # before any of them writes
-        if not self._complete(first):
-            self._before = self._at(first, self._hold, on_disk=self._every_layer)
-            self._embed(source)
-        self._kept = time.monotonic()
-
-    def flows(self, first: int) -> Iterator[tuple[int, Flow]]:
-        """Each layer's number with its part of the data's way, from what `begin` has got."""
-        layers = len(self._skeleton.layers)
-        for index in range(first, layers):
+    def flows(self, layers: range, source: Source) -> Iterator[tuple[int, Flow]]:
+        """Each layer's number with its part of the data's way, from :meth:`newest` to the last."""
+        before = None
+        for index in layers:
+            before = before or self._input(index, source)
             after = None
-            if index + 1 < layers:
+            if index + 1 < layers.stop:
                 after = self._at(index + 1, self._hold, on_disk=self._due())
-            yield index, Flow(self._before, after, self.sequences.batches, self._skeleton.calls)
-            if after is not None:
-                self._before = after
+            yield index, Flow(before, after, self._sequences.batches, self._skeleton.calls)
+            before = after
 
     def passed(self, index: int, flow: Flow) -> None:
         """Layer `index` is in the journal: let go of what nothing goes on from any more."""
@@ -82,16 +66,30 @@ class Boundaries:
         return HiddenStates(self._work / f"hidden-{index}.bin", size, device, hold, on_disk)
 
     def _complete(self, index: int) -> bool:
-        return self._at(index).complete(self.sequences.tokens)
+        return self._at(index).complete(self._sequences.tokens)
 
-    def _embed(self, source: Source) -> None:
+    def _input(self, first: int, source: Source) -> HiddenStates:
+        """What the first of the layers begins with; what is on disk for any other goes."""
+        states = self._at(first)
+        self._ranks.wait()  # until all have seen what is there
+        if self._ranks.first:
+            for stale in self._work.glob("hidden-*"):
+                if stale != states.path:
+                    stale.unlink()
+        self._ranks.wait()  # before any of them writes
+        if not self._complete(first):
+            states = self._at(first, self._hold, on_disk=self._every_layer)
+            self._embed(states, source)
+        return states
+
+    def _embed(self, states: HiddenStates, source: Source) -> None:
         name = self._skeleton.embedding_name()
         embed = self._skeleton.embedder(source.read([name], DTYPE)[name])
-        with self._before.writing() as write:
-            for batch in self._ranks.share(self.sequences.batches):
-                write(batch, embed(self.sequences.batch_ids(batch)))
+        with states.writing() as write:
+            for batch in self._ranks.share(self._sequences.batches):
+                write(batch, embed(self._sequences.batch_ids(batch)))
         self._skeleton.drop_embedding()
         self._ranks.wait()
         if self._ranks.first:
-            self._before.finish()
+            states.finish()
         self._ranks.wait()

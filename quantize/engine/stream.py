@@ -65,10 +65,8 @@ def stream(body: dict[str, Any], work: Path, ranks: Ranks, say: Say) -> Result:
     if sequences is not None:
         boundaries = Boundaries(skeleton, sequences, work, ranks)
     first = _first(journal, boundaries, len(inside))
-    if first < len(inside) and boundaries is not None:
-        boundaries.begin(first, source)
     layers = source.read_ahead(inside[first:], DTYPE)
-    flows = _flows(boundaries, range(first, len(inside)))
+    flows = _flows(boundaries, range(first, len(inside)), source)
     for (index, flow), tensors in zip(flows, layers, strict=True):
         started = time.monotonic()
         done = _one_layer(skeleton, index, tensors, task, flow, say)
@@ -141,11 +139,13 @@ def _first(journal: Journal, boundaries: Boundaries | None, layers: int) -> int:
     return first
 
 
-def _flows(boundaries: Boundaries | None, layers: range) -> Iterator[tuple[int, Flow | None]]:
+def _flows(
+    boundaries: Boundaries | None, layers: range, source: Source
+) -> Iterator[tuple[int, Flow | None]]:
     """Each layer's number with its part of the data's way; without data, with None."""
     if boundaries is None:
         return ((index, None) for index in layers)
-    return boundaries.flows(layers.start)
+    return boundaries.flows(layers, source)
 
 
 def _task(

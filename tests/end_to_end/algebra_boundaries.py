@@ -52,8 +52,7 @@ def passed(model: Counting, work: Path, finished: int, stop: int) -> int:
     made = sequences()
     states = Boundaries(model, made, work, Ranks(0, 1, CPU))
     first = states.newest(finished)
-    states.begin(first, model)
-    for index, flow in states.flows(first):
+    for index, flow in states.flows(range(first, LAYERS), model):
         with flow.before.reading() as read:
             inputs = [read(batch) for batch in flow.batches]
         expected = torch.from_numpy(made.ids).reshape(12, 5, 1).expand(12, 5, WIDTH) + index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from quantize.measure.port import held_port
 from tests.end_to_end.conftest import environment
 
 SECONDS = 600
@@ -19,14 +19,11 @@ SECONDS = 600
 @contextmanager
 def vllm(python: Path, model: Path, log: Path, *arguments: str) -> Iterator[str]:
     """The address of a server in BF16 on a free port, once it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
-    command += ["--enforce-eager", *arguments]
-    with log.open("wb") as output:
+    with held_port() as port, log.open("wb") as output:
+        address = f"http://127.0.0.1:{port}"
+        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+        command += ["--enforce-eager", *arguments]
         more = {"VLLM_CPU_KVCACHE_SPACE": "1"}
         process = subprocess.Popen(command, env=environment(more), stdout=output, stderr=output)
         try:

@@ -27,11 +27,6 @@ TINY = shipped_root() / "examples" / "tiny_llama"
 VALLEY = "evaluate.text={text: ../eval/texts/valley.jsonl}"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache") / "hashes.json"
-
-
 def resolved(cache: Path, *changes: str) -> Resolved:
     path = shipped_root() / "recipes" / "tiny-llama-fp8.yaml"
     return resolve(load_recipe(path, changes), path, "cpu", online=False, cache_path=cache)
@@ -41,9 +36,9 @@ def asked(cache: Path, stage: str, *changes: str) -> Scope:
     return scope(resolved(cache, *changes), f"measure-{stage}")
 
 
-def test_parts_by_stage(cache: Path) -> None:
+def test_parts_by_stage(hash_cache: Path) -> None:
     def parts(stage: str) -> tuple[bool, ...]:
-        found = asked(cache, stage, VALLEY)
+        found = asked(hash_cache, stage, VALLEY)
         return (
             found.everything,
             found.perplexity is not None,
@@ -58,8 +53,8 @@ def test_parts_by_stage(cache: Path) -> None:
     assert parts("base") == (False, False, False, True, False, True)
 
 
-def test_keys_say_what_is_asked(cache: Path) -> None:
-    with_text = resolved(cache, VALLEY)
+def test_keys_say_what_is_asked(hash_cache: Path) -> None:
+    with_text = resolved(hash_cache, VALLEY)
 
     def keys(stage: str) -> set[str]:
         return set(key_inputs(with_text, f"measure-{stage}"))
@@ -70,16 +65,16 @@ def test_keys_say_what_is_asked(cache: Path) -> None:
     assert keys("repeat") == everywhere | texts | {"again"}
     assert keys("base") == everywhere
     assert key_inputs(with_text, "measure-repeat")["again"] == 1
-    quick = resolved(cache, "evaluate.quick=true")
+    quick = resolved(hash_cache, "evaluate.quick=true")
     assert key_inputs(quick, "measure-baseline")["quick"] is True
 
 
-def test_the_endpoint_that_is_asked_is_in_the_key(cache: Path) -> None:
+def test_the_endpoint_that_is_asked_is_in_the_key(hash_cache: Path) -> None:
     """Its address and model, and not the name of the variable with its key."""
     baseline = "{url: 'http://a:1/v1', model: x}"
     candidate = "{url: 'http://b:2', model: z, api_key_variable: KEY}"
     ends = f"{{baseline: {baseline}, candidate: {candidate}}}"
-    given = resolved(cache, f"serve={{engine: url, endpoints: {ends}}}")
+    given = resolved(hash_cache, f"serve={{engine: url, endpoints: {ends}}}")
     keys = {
         stage: key_inputs(given, f"measure-{stage}")["serve"]
         for stage in ("baseline", "candidate", "repeat")
@@ -90,33 +85,36 @@ def test_the_endpoint_that_is_asked_is_in_the_key(cache: Path) -> None:
     assert "KEY" not in str(keys)
     assert "http" not in str(keys)  # what a key is made of is published
     assert environments(given, "measure-baseline") == ("lmeval",)
-    assert (asks_base(given), asks_base(resolved(cache))) == (False, True)
-    assert "endpoint" not in key_inputs(resolved(cache), "measure-baseline")["serve"]
+    assert (asks_base(given), asks_base(resolved(hash_cache))) == (False, True)
+    assert "endpoint" not in key_inputs(resolved(hash_cache), "measure-baseline")["serve"]
 
 
-def test_text_from_the_hub_needs_the_environment_that_downloads(cache: Path) -> None:
+def test_text_from_the_hub_needs_the_environment_that_downloads(hash_cache: Path) -> None:
     alone = ("evaluate.suite=perplexity",)
-    assert environments(resolved(cache, *alone), "measure-baseline") == ("vllm",)
+    assert environments(resolved(hash_cache, *alone), "measure-baseline") == ("vllm",)
     hub = (*alone, "evaluate.text={text: some/text, revision: " + "a" * 40 + "}")
-    assert environments(resolved(cache, *hub), "measure-baseline") == ("vllm", "lmeval")
+    assert environments(resolved(hash_cache, *hub), "measure-baseline") == ("vllm", "lmeval")
 
 
-def test_own_text_is_cut_as_the_suites(cache: Path) -> None:
+def test_own_text_is_cut_as_the_suites(hash_cache: Path) -> None:
     found = asked(
-        cache, "baseline", "evaluate.text={text: ../eval/texts/valley.jsonl, field: text}"
+        hash_cache, "baseline", "evaluate.text={text: ../eval/texts/valley.jsonl, field: text}"
     )
     suite, own = found.suite.perplexity, found.own_text
     assert suite is not None
     assert own is not None
     assert (own.window, own.stride, own.top_k) == (suite.window, suite.stride, suite.top_k)
     assert (own.text, own.join, own.windows) == ("../eval/texts/valley.jsonl", False, None)
-    quick = asked(cache, "baseline", VALLEY, "evaluate.quick=true").own_text
+    quick = asked(hash_cache, "baseline", VALLEY, "evaluate.quick=true").own_text
     assert quick is not None
     assert quick.windows == found.suite.quick.windows
 
 
-def test_the_quick_subset(cache: Path) -> None:
-    whole, quick = asked(cache, "baseline"), asked(cache, "baseline", "evaluate.quick=true")
+def test_the_quick_subset(hash_cache: Path) -> None:
+    whole, quick = (
+        asked(hash_cache, "baseline"),
+        asked(hash_cache, "baseline", "evaluate.quick=true"),
+    )
     limits = whole.suite.quick
     assert quick.suite.perplexity is not None
     assert quick.suite.perplexity.windows == limits.windows
@@ -180,8 +178,8 @@ def test_concurrency(slots: int, cache: int | None, longest: int, expected: int)
     assert concurrency(slots, cache, longest) == expected
 
 
-def test_the_longest_request(cache: Path) -> None:
-    assert longest_request(asked(cache, "baseline"), 100_000) == TASK_TOKENS
-    assert longest_request(asked(cache, "baseline"), 1024) == 1024
-    alone = asked(cache, "baseline", "evaluate.suite=perplexity")
+def test_the_longest_request(hash_cache: Path) -> None:
+    assert longest_request(asked(hash_cache, "baseline"), 100_000) == TASK_TOKENS
+    assert longest_request(asked(hash_cache, "baseline"), 1024) == 1024
+    alone = asked(hash_cache, "baseline", "evaluate.suite=perplexity")
     assert longest_request(alone, 100_000) == 513  # the window, and the token that ends it
